@@ -1,0 +1,77 @@
+"""The wall: money, requests, tokens and hours of a run, reserved before each send so that it is never overshot."""
+
+import time
+from decimal import Decimal
+
+from pydantic import Field
+
+from factory.errors import BudgetError, RecipeError
+from factory.journal import Spent
+from factory.knobs import Knobs
+from factory.rows import Request, Usage, encode
+from factory.teachers.entry import Price
+
+
+class Budget(Knobs):
+    """`budget:` of a recipe; it holds for all attempts of a run, those of earlier starts included."""
+
+    usd: Decimal | None = Field(None, ge=0)
+    requests: int | None = Field(None, ge=0)
+    tokens: int | None = Field(None, ge=0)
+    hours: float | None = Field(None, gt=0)
+
+
+class Hold:
+    """The worst case of one request, held back until what it really cost is known."""
+
+    __slots__ = ("completion_tokens", "prompt_tokens", "usd")
+
+    def __init__(self, request: Request, price: Price | None) -> None:
+        # a token is at least one byte, so the request's bytes bound its prompt tokens whatever the tokenizer
+        self.prompt_tokens = len(encode(request.messages))
+        draws = request.sampling.beam.width if request.sampling.beam else request.n
+        self.completion_tokens = request.sampling.max_tokens * draws
+        worst = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens)
+        self.usd = price.usd(worst) if price else Decimal(0)
+
+
+class Wall:
+    """What is left of a budget. `reserve` before a send, then `settle` once, with what it cost or with nothing."""
+
+    def __init__(self, budget: Budget, spent: Spent) -> None:
+        self.budget = budget
+        self.requests = spent.requests
+        self.tokens = spent.prompt_tokens + spent.completion_tokens
+        self.usd = Decimal(str(spent.usd))
+        self._started = time.monotonic()
+
+    def reserve(self, request: Request, price: Price | None, model: str) -> Hold:
+        """Hold the worst case of `request`; BudgetError when it does not fit under the wall."""
+        if self.budget.usd is not None and price is None:
+            raise RecipeError(f"budget.usd is set, but models.{model} has no price: give price: {{input, output}} (0 is a price)")
+        hold = Hold(request, price)
+        b = self.budget
+        hours = (time.monotonic() - self._started) / 3600
+        for name, would_be, limit in (
+            ("usd", self.usd + hold.usd, b.usd),
+            ("requests", self.requests + 1, b.requests),
+            ("tokens", self.tokens + hold.prompt_tokens + hold.completion_tokens, b.tokens),
+            ("hours", hours, b.hours),
+        ):
+            if limit is not None and would_be > limit:
+                raise BudgetError(
+                    f"the next request could pass budget.{name}: {limit} (now at {self._now(name, hours)}, counting the "
+                    "worst case of requests in flight); raise it and run again, stored answers are kept"
+                )
+        self.requests += 1
+        self.tokens += hold.prompt_tokens + hold.completion_tokens
+        self.usd += hold.usd
+        return hold
+
+    def settle(self, hold: Hold, usage: Usage, usd: Decimal) -> None:
+        """Replace the worst case by what it cost."""
+        self.tokens += usage.prompt_tokens + usage.completion_tokens - hold.prompt_tokens - hold.completion_tokens
+        self.usd += usd - hold.usd
+
+    def _now(self, name: str, hours: float) -> str:
+        return {"usd": f"{self.usd:.4f}", "requests": str(self.requests), "tokens": str(self.tokens), "hours": f"{hours:.2f}"}[name]

@@ -1,0 +1,89 @@
+"""Every error a user can meet, and the exit code it ends with.
+
+    FactoryError                     1   a bug of ours, if it has no better class
+    ├── RecipeError                  2   the recipe, a path or an option is wrong
+    ├── TooManyFailures              3   the run finished, but over its failure limit
+    ├── AuthError                    4   key missing or refused, TLS
+    ├── BudgetError                  5   money, requests, tokens or hours are used up
+    ├── IdentityError                6   the endpoint answers as another model
+    ├── OutageError                  7   the provider cannot be reached
+    ├── EngineError                  8   a local model (vLLM, transformers, trainer) failed
+    ├── DiskError                    9   disk full, folder not writable
+    ├── LockedError                 10   another process holds this journal
+    ├── JournalError                11   the journal is damaged
+    └── VersionError                12   the journal was written by a newer factory
+
+A message says what is wrong, where, and what to do. The command line prints it without a traceback.
+"""
+
+
+class FactoryError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class RecipeError(FactoryError):
+    """The recipe, one of its files or an option is wrong; nothing was sent."""
+
+    exit_code = 2
+
+
+class TooManyFailures(FactoryError):
+    """The run ended, but more rows failed than the limit allows."""
+
+    exit_code = 3
+
+
+class AuthError(FactoryError):
+    """A key is missing or was refused, or the TLS certificate is not trusted."""
+
+    exit_code = 4
+
+
+class BudgetError(FactoryError):
+    """The budget or the provider's quota is used up; the run can be resumed."""
+
+    exit_code = 5
+
+
+class IdentityError(FactoryError):
+    """The endpoint does not serve the model that the recipe names."""
+
+    exit_code = 6
+
+
+class OutageError(FactoryError):
+    """The endpoint cannot be reached; stored answers are safe, run again later."""
+
+    exit_code = 7
+
+
+class EngineError(FactoryError):
+    """A local model or trainer process failed."""
+
+    exit_code = 8
+
+
+class DiskError(FactoryError):
+    """The disk is full or the folder cannot be written."""
+
+    exit_code = 9
+
+
+class LockedError(FactoryError):
+    """Another process holds the journal."""
+
+    exit_code = 10
+
+
+class JournalError(FactoryError):
+    """The journal file is damaged."""
+
+    exit_code = 11
+
+
+class VersionError(FactoryError):
+    """The journal was written by a newer version."""
+
+    exit_code = 12

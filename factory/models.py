@@ -1,0 +1,74 @@
+"""The models of a run by name: those that the recipe lists, and the students that it has trained so far."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from factory.ask import Model
+from factory.errors import RecipeError
+from factory.recipe import Recipe
+from factory.teachers import ModelEntry
+from factory.teachers.reference import Reference
+from factory.teachers.transformers import Transformers
+from factory.train import Train
+from factory.weights import Weights, materialise_in_child
+
+
+class Models:
+    """Resolves a name to its entry, its identity, or to a `Model` that can be asked."""
+
+    def __init__(self, recipe: Recipe, runs: Path) -> None:
+        self.recipe, self.runs = recipe, runs
+        self._entries: dict[str, ModelEntry] = dict(recipe.models)
+        self._identities: dict[str, str] = {}
+
+    def add_student(self, name: str, folder: Path) -> None:
+        """A student that a training step has made; it answers through `transformers`."""
+        self._entries[name] = Transformers(model=str(folder))
+        self._identities.pop(name, None)
+
+    def entry(self, name: str) -> ModelEntry:
+        if name not in self._entries:
+            raise RecipeError(f"the student {name!r} is not trained yet; run the whole recipe with `factory run`")
+        return self._entries[name]
+
+    def identity(self, name: str) -> str:
+        entry = self.entry(name)
+        if isinstance(entry, Reference):
+            return "reference"
+        if name not in self._identities:
+            self._identities[name] = entry.identity(self.runs)
+        return self._identities[name]
+
+    def open(self, name: str) -> Model:
+        entry = self.entry(name)
+        if isinstance(entry, Reference):
+            raise RecipeError(f"models.{name}: ground truth can be used by `generate` only")
+        return Model(name, entry, self.identity(name), entry.open(self.runs, self.recipe.seed))
+
+    # -- what filters may need (the `Kit` of filters) ------------------------------------------------------------------
+
+    @property
+    def default_student(self) -> str:
+        """The first student's starting point: its tokenizer is the one whose tokens count."""
+        trains = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
+        if not trains:
+            raise RecipeError("filter tokens: the recipe trains no student; name a model with `model:`")
+        return trains[0].student
+
+    def tokenizer(self, name: str | None) -> Callable[[str], int]:
+        """Text -> number of tokens, by the tokenizer of a local model; needs the `train` extra."""
+        entry = self.entry(name or self.default_student)
+        if not isinstance(entry, Weights):
+            raise RecipeError(f"filter tokens: models.{name} has no local tokenizer; name a local model with `model:`")
+        return _counter(materialise_in_child(entry, self.runs / "weights"))
+
+
+@lru_cache(maxsize=8)
+def _counter(folder: Path) -> Callable[[str], int]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise RecipeError("filter tokens needs a tokenizer: pip install 'distillation-factory[train]'") from None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,393 @@
+"""The whole run on one screen: steps in order, each from folders to a folder, each done once.
+
+A step's folder is named by a hash of its knobs, its inputs and the models it asks; if that folder is complete, nothing
+runs. So the same command again does nothing twice, and a changed filter re-runs from there and asks the teacher nothing.
+"""
+
+import asyncio
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from decimal import Decimal
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from factory import __version__, dataset, report
+from factory.ask import Desk, Tally
+from factory.budget import Wall
+from factory.choose import Choose, choose
+from factory.curate import Curate, accepts, curate, row_filters
+from factory.errors import RecipeError
+from factory.evaluate import Evaluate, Examiner, evaluate
+from factory.generate import Asker, Generate, Given, from_reference, given, requests, samples
+from factory.journal import Journal
+from factory.judge import Judge, judge
+from factory.models import Models
+from factory.pair import PairUp, pair
+from factory.plan import Step, Until, plan
+from factory.progress import bar, say
+from factory.prompts import PromptLists, lint, load
+from factory.recipe import Recipe, find
+from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest
+from factory.rubric import load as load_rubric
+from factory.run import StageFolder, StageWriter, write_bytes, write_json
+from factory.shape import Shape, shape, student_view
+from factory.teachers.reference import Reference
+from factory.train import Train, train
+
+VERSIONS = {
+    "prompts": 1, "generate": 1, "given": 1, "filter": 1, "judge": 1, "choose": 1, "shape": 1, "pair": 1, "train": 1, "evaluate": 1,
+}  # fmt: skip
+"""Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
+
+UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
+
+
+def run(recipe: Recipe, runs: Path, until: Until = "run") -> Path:
+    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end."""
+    steps = plan(recipe, until)
+    with Journal(runs / "journal.sqlite") as journal:
+        work = Work(recipe, runs, journal)
+        work.begin()
+        try:
+            for step in steps:
+                work.do(step)
+            work.publish(steps)
+        except BaseException:
+            work.note("stopped", steps)
+            raise
+        work.note("done", steps)
+        report.build(work.folder)
+    return work.folder
+
+
+class Work:
+    """One run in progress: what is made so far, and how each kind of step is done."""
+
+    def __init__(self, recipe: Recipe, runs: Path, journal: Journal) -> None:
+        self.recipe, self.runs, self.journal = recipe, runs, journal
+        self.folder = runs / recipe.name
+        self.made: dict[int, StageFolder] = {}
+        self.models = Models(recipe, runs)
+        self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name)
+
+    def begin(self) -> None:
+        """Prompts in, and what is odd about them said before anything is sent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for line in lint(self.prompts):
+            say(f"prompts: {line}")
+        resolved = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        write_bytes(self.folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
+
+    @cached_property
+    def prompts(self) -> PromptLists:
+        return load(self.recipe.prompts, self.recipe.seed, find)
+
+    def note(self, status: str, steps: list[Step]) -> None:
+        """The run's own manifest: which stage folders belong to it now."""
+        folders = [self.made[step.number].path.name for step in steps if step.number in self.made]
+        versions = {"factory": __version__, "python": platform.python_version()}
+        recipe_hash = digest(self.recipe.model_dump(mode="json", by_alias=True))
+        facts = {"name": self.recipe.name, "recipe_hash": recipe_hash, "seed": self.recipe.seed, "status": status}
+        lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
+        write_json(self.folder / "manifest.json", {**facts, "stages": folders, "versions": versions, "prompts": lists})
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def do(self, step: Step) -> None:
+        """Do one step, unless its folder is there already."""
+        folder = StageFolder(self.folder / f"{step.title}-{self._hash(step)}")
+        if folder.complete:
+            say(f"{step.title}: done already")
+        else:
+            say(f"{step.title}")
+            folder = self._make(step, StageWriter(folder.path))
+            counts = folder.manifest
+            say(f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed")
+        self.made[step.number] = folder
+        if isinstance(step.knobs, Train):
+            self.models.add_student(step.knobs.as_, folder.path / "model")
+
+    def _hash(self, step: Step) -> str:
+        knobs = step.knobs.model_dump(mode="json", exclude={"as_", "from_"})
+        inputs = [self.made[number].path.name.rpartition("-")[2] for number in step.reads]
+        prompts = [self.prompts.digest(name) for name in step.sets]
+        models = [self.models.identity(name) for name in self._asked(step)]
+        files = [digest(find(path).read_text(errors="replace")) for path in _files(step)]
+        return digest(step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed, size=4)
+
+    def _asked(self, step: Step) -> list[str]:
+        match step.knobs:
+            case Generate() as knobs:
+                return knobs.models
+            case Judge() as knobs:
+                return [knobs.model]
+            case Train() as knobs:
+                return [knobs.student]
+            case Evaluate() as knobs:
+                return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
+            case Curate() as knobs if any(f.kind == "tokens" for f in knobs.filters):
+                return [self.models.default_student]
+            case _:
+                return []
+
+    def _make(self, step: Step, out: StageWriter) -> StageFolder:
+        started = time.monotonic()
+        facts: dict[str, Any] = {"stage": step.knobs.kind, "as": step.knobs.as_, "unit": UNITS.get(step.knobs.kind, "samples")}
+        facts["knobs"] = step.knobs.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        match step.knobs:
+            case Generate() as knobs:
+                planned = self._generate(knobs, step, out, facts)
+            case Judge() as knobs:
+                planned = self._judge(knobs, step, out, facts)
+            case Train() as knobs:
+                planned = self._train(knobs, step, out, facts)
+            case Evaluate() as knobs:
+                planned = self._evaluate(knobs, step, out, facts)
+            case Given():
+                planned = _put_all(out, given(self._prompts(step)))
+            case PairUp() as knobs:
+                planned = self._pair(knobs, step, out)
+            case Curate() as knobs:
+                planned = self._rows_in(step)
+                _put_all(out, curate(knobs, self._groups(step), self.models), f"{step.title}", planned)
+            case Choose() as knobs:
+                planned = self._rows_in(step)
+                _put_all(out, choose(knobs, self._groups(step)))
+            case Shape() as knobs:
+                planned = self._rows_in(step)
+                _put_all(out, shape(knobs, self._groups(step)))
+        facts["seconds"] = round(time.monotonic() - started, 3)
+        return out.finish(facts, planned)
+
+    # -- inputs ----------------------------------------------------------------------------------------------------------
+
+    def _samples(self, step: Step) -> Iterator[Sample]:
+        return chain.from_iterable(self.made[number].rows(Sample) for number in step.reads)
+
+    def _groups(self, step: Step) -> Iterator[list[Sample]]:
+        return chain.from_iterable(self.made[number].groups() for number in step.reads)
+
+    def _rows_in(self, step: Step) -> int:
+        """Rows that the steps read have kept: the sum that must end somewhere again."""
+        return sum(_lines(self.made[number].shards()) for number in step.reads)
+
+    def _prompts(self, step: Step) -> Iterator[Prompt]:
+        """Prompts of the named lists, or the distinct prompts of the rows that the step reads."""
+        seen: set[str] = set()
+        named = chain.from_iterable(self.prompts.train(name) for name in step.sets)
+        for prompt in chain(named, (sample.prompt for sample in self._samples(step))):
+            if isinstance(step.knobs, Given) or prompt.id not in seen:
+                seen.add(prompt.id)
+                yield prompt
+
+    def asker(self, knobs: Generate) -> Asker:
+        opened = knobs.ask.open(find)
+        return lambda prompt: opened.messages(prompt, self.recipe.seed)
+
+    def _view(self, until: int | None = None) -> Shape:
+        """How the student sees a prompt: by the last `shape` before a step, or erased to the plain prompt."""
+        shapes = [s for s in self.recipe.stages[:until] if isinstance(s, Shape)]
+        return shapes[-1] if shapes else Shape()
+
+    # -- the steps that are more than a generator --------------------------------------------------------------------------
+
+    def _generate(self, knobs: Generate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        """Ask each model in turn (one local model at a time fits in memory), then collect in prompt order."""
+        prompts = list(self._prompts(step))
+        asker, planned = self.asker(knobs), len(prompts) * knobs.draws * len(knobs.models)
+        collected: list[Iterator[Iterator[Sample]]] = []
+        tallies = []
+        for name in knobs.models:
+            entry = self.models.entry(name)
+            if isinstance(entry, Reference):
+                collected.append(iter([from_reference(prompt, entry, name)]) for prompt in prompts)
+                continue
+            model = self.models.open(name)
+            asked = partial(requests, prompts, model, asker, knobs.sampling(), knobs.draws, self.recipe.seed)
+            tally = asyncio.run(self.desk.ask(model, asked(), len(prompts) * knobs.draws, f"generate {name}"))
+            tallies.append(tally)
+            collected.append(_by_prompt(prompts, self.desk.read(model, asked(), tally), name))
+        for of_prompt in zip(*collected, strict=True):
+            for sample in chain.from_iterable(of_prompt):
+                out.put(sample)
+        facts |= _cost(tallies)
+        return planned
+
+    def _judge(self, knobs: Judge, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        total, model = self._rows_in(step), self.models.open(knobs.model)
+        rubric = load_rubric(find(knobs.rubric))
+        reopen = partial(self._samples, step)
+        tally, scored = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
+        _put_all(out, scored)
+        facts |= _cost([tally])
+        return total
+
+    def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
+        """The unit is the prompt: one that gives several pairs counts once."""
+        view = partial(student_view, self._view())
+        seen: set[str] = set()
+        for row in pair(knobs, self._groups(step), self.recipe.seed, view):
+            prompt = digest(row.prompt) if isinstance(row, Pair) else ""
+            out.put(row, units=0 if prompt in seen else 1)
+            if prompt:
+                seen.add(prompt)
+        return sum(1 for _ in self._groups(step))
+
+    def _train(self, knobs: Train, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        rows = out.folder / "rows.jsonl"
+        shards = chain.from_iterable(self.made[number].shards() for number in step.reads)
+        with rows.open("wb") as whole:
+            for shard in shards:
+                whole.write(shard.read_bytes())
+        total = _lines([rows])
+        if total == 0:
+            raise RecipeError(f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl")
+        entry = self.models.entry(knobs.student)
+        if not isinstance(entry, Weights):
+            raise RecipeError(f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`")
+        with _training_bar(step.title) as progress:
+            told = train(
+                knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
+                seed=self.recipe.seed, on_progress=progress,
+            )  # fmt: skip
+        facts |= {"student": knobs.as_, "method": knobs.method, "model": "model"}
+        out.counts["kept"] += told["rows_trained"]
+        for reason, count in told["rows_set_aside"].items():
+            out.counts["dropped"] += count
+            out.count_reason(reason, count)
+        return total
+
+    def _evaluate(self, knobs: Evaluate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        prompts = list(chain.from_iterable(self.prompts.test(name) for name in step.sets))
+        if not prompts:
+            raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
+        taught = next((s for s in self.recipe.stages if isinstance(s, Generate) and knobs.teacher in s.models), None)
+        filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
+        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed)
+        asker = self.asker(taught) if taught else None
+        data, answers = asyncio.run(evaluate(examiner, filters, partial(student_view, self._view()), taught, asker))
+        for answer in answers:
+            out.put(answer)
+        write_json(out.folder / "evaluation.json", data)
+        facts |= _cost(examiner.tallies)
+        return len(answers)
+
+    # -- the data set ------------------------------------------------------------------------------------------------------
+
+    def publish(self, steps: list[Step]) -> None:
+        """Write `dataset/` from what the training steps read, or from the last rows where nothing trains."""
+        sources = [(str(step.knobs.as_), step.reads) for step in steps if isinstance(step.knobs, Train)]
+        made = [step for step in steps if isinstance(step.knobs, Shape | PairUp)]
+        if made and not any(made[-1].number in reads for _, reads in sources):
+            sources.append((made[-1].knobs.as_ or "default", (made[-1].number,)))
+        configs = []
+        for name, reads in sources:
+            preferences = all(isinstance(steps[number - 1].knobs, PairUp) for number in reads)
+            kind: type[Pair] | type[TrainRow] = Pair if preferences else TrainRow
+            test = (lambda: iter(())) if preferences else partial(self._test_rows, steps)
+            configs.append(dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test))
+        dataset.write(self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps))
+
+    def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
+        """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""
+        evaluated = [step for step in steps if isinstance(step.knobs, Evaluate) and step.knobs.teacher]
+        filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
+        if evaluated:
+            answers = (s for s in self.made[evaluated[0].number].rows(Sample) if s.model == evaluated[0].knobs.teacher)
+        else:
+            held_out = chain.from_iterable(self.prompts.test(prompt_set.title) for prompt_set in self.recipe.prompts)
+            answers = (s for s in given(held_out) if accepts(filters, s) is None)
+        yield from (row for row in shape(self._view(), by_prompt(answers)) if isinstance(row, TrainRow))
+
+    def _card(self, steps: list[Step]) -> dict[str, Any]:
+        """The facts that the data set's card is made of; nothing that changes from run to run."""
+        funnel = [self.made[step.number].manifest for step in steps]
+        terms = {name: {"model": getattr(e, "model", name), "terms": e.terms} for name, e in self.recipe.models.items()}
+        prompts = [{"name": p.title, "path": p.path} for p in self.recipe.prompts]
+        return {"recipe": self.recipe.name, "funnel": funnel, "teachers": terms, "prompts": prompts}
+
+
+def _rows(folders: list[StageFolder], kind: Any) -> Iterator[Any]:
+    return chain.from_iterable(folder.rows(kind) for folder in folders)
+
+
+def _by_prompt(prompts: list[Prompt], read: Iterator[Any], model: str) -> Iterator[list[Sample]]:
+    """Outcomes as they come (one or several requests a prompt) as one list of samples per prompt."""
+    waiting = next(read, None)
+    for prompt in prompts:
+        collected: list[Sample] = []
+        while waiting is not None and waiting[0].prompt == prompt.id:
+            request, outcomes = waiting
+            collected += samples(prompt, request.messages, model, outcomes, request.draw)
+            waiting = next(read, None)
+        yield collected
+
+
+def _put_all(out: StageWriter, rows: Iterable[Row], label: str = "", total: int = 0) -> int:
+    """Write all rows; returns how many. With a label it shows progress."""
+    count = 0
+    with bar(label or out.final.name, total) as advance:
+        for row in rows:
+            out.put(row)
+            count += 1
+            if count % 100 == 0:
+                advance(100)
+    return count
+
+
+def _lines(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        with file.open("rb") as lines:
+            total += sum(1 for _ in lines)
+    return total
+
+
+def _cost(tallies: list[Tally]) -> dict[str, Any]:
+    """What asking cost, for the manifest."""
+    return {
+        "requests": {"sent": sum(t.sent for t in tallies), "reused": sum(t.reused for t in tallies)},
+        "tokens": {
+            "prompt": sum(t.usage.prompt_tokens for t in tallies),
+            "completion": sum(t.usage.completion_tokens for t in tallies),
+        },
+        "usd": str(sum((t.usd for t in tallies), Decimal(0))),
+        "compute_seconds": round(sum(t.usage.seconds for t in tallies), 3),
+    }
+
+
+def _files(step: Step) -> list[str]:
+    """Files whose text is part of what a step does: asking messages, rubrics."""
+    match step.knobs:
+        case Judge() as knobs:
+            return [knobs.rubric]
+        case Generate() as knobs if (path := getattr(knobs.ask, "path", None)):
+            return [path]
+        case _:
+            return []
+
+
+@contextmanager
+def _training_bar(label: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar over training steps, whose number is known with the first message."""
+    with ExitStack() as stack:
+        advance: list[Callable[[int], None]] = []
+        done = 0
+
+        def told(message: dict[str, Any]) -> None:
+            nonlocal done
+            if "step" not in message:
+                return
+            if not advance:
+                advance.append(stack.enter_context(bar(label, int(message["steps"]))))
+            advance[0](int(message["step"]) - done)
+            done = int(message["step"])
+
+        yield told

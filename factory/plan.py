@@ -1,0 +1,121 @@
+"""From a recipe's stages to steps: which earlier result each one reads, and the steps that go without saying.
+
+Without `from`, a stage reads the nearest earlier stage that makes what it needs. Two steps need not be written: the
+answers that came with the prompts (`given`), where nothing generates any, and `shape`, between samples and training.
+"""
+
+from typing import Literal, NamedTuple
+
+from factory.choose import Choose
+from factory.curate import Curate
+from factory.errors import RecipeError
+from factory.evaluate import Evaluate
+from factory.generate import Generate, Given
+from factory.judge import Judge
+from factory.pair import PairUp
+from factory.recipe import Recipe, Stage
+from factory.shape import Shape
+from factory.train import Train
+
+Until = Literal["build", "train", "eval", "run"]
+Made = Literal["samples", "rows", "pairs"]
+
+MAKES: dict[type, Made] = {
+    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Choose: "samples", Shape: "rows", PairUp: "pairs",
+}  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One stage to do. `reads` are numbers of earlier steps; `sets` are names of prompt lists."""
+
+    number: int
+    knobs: Stage | Given
+    reads: tuple[int, ...]
+    sets: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.number:02}-{self.knobs.as_ or self.knobs.kind}"
+
+
+def plan(recipe: Recipe, until: Until = "run") -> list[Step]:
+    """The steps of a run in order; RecipeError where a stage finds nothing to read."""
+    drawing = _Drawing(recipe)
+    for i, stage in enumerate(_wanted(recipe, until)):
+        drawing.add(stage, f"stages.{i}.{stage.kind}")
+    coming = recipe.stages[len(drawing.done) :] if until == "build" else []
+    if not drawing.trained and not (coming and isinstance(coming[0], Train) and coming[0].from_):
+        drawing.finish()
+    return drawing.steps
+
+
+def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
+    """`build` ends before the first train, `train` after the last one; without a train both mean everything."""
+    trains = [i for i, stage in enumerate(recipe.stages) if isinstance(stage, Train)]
+    stages: list[Stage] = recipe.stages
+    if until == "build" and trains:
+        return stages[: trains[0]]
+    if until == "train" and trains:
+        return stages[: trains[-1] + 1]
+    return stages
+
+
+class _Drawing:
+    def __init__(self, recipe: Recipe) -> None:
+        self.steps: list[Step] = []
+        self.done: list[Stage] = []
+        self.trained = False
+        self._all_sets = tuple(prompt_set.title for prompt_set in recipe.prompts)
+        self._named: dict[str, int] = {}
+        self._made: dict[int, Made] = {}
+
+    def add(self, stage: Stage, where: str) -> None:
+        named = [stage.from_] if isinstance(stage.from_, str) else stage.from_ or []
+        sets = tuple(name for name in named if name in self._all_sets)
+        reads = tuple(self._named[name] for name in named if name in self._named)
+        match stage:
+            case Generate():
+                self._put(stage, reads, sets or (() if reads else self._all_sets))
+            case Evaluate():
+                self._put(stage, (), sets or self._all_sets)
+            case Train():
+                self._add_train(stage, reads, where)
+            case _:
+                if sets or not (reads or self._latest("samples")):
+                    reads = (*reads, self._put(Given(), (), sets or self._all_sets))
+                self._put(stage, reads or self._latest("samples"), ())
+        self.done.append(stage)
+
+    def _add_train(self, stage: Train, reads: tuple[int, ...], where: str) -> None:
+        wanted: Made = "rows" if stage.method == "sft" else "pairs"
+        if not reads:
+            reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
+        if not reads and wanted == "rows":
+            reads = (self._put(Given(), (), self._all_sets),)
+        if not reads:
+            raise RecipeError(f"{where}: nothing before it makes {wanted}; put a `pair` stage there")
+        if wanted == "rows" and all(self._made[number] == "samples" for number in reads):
+            reads = (self._put(Shape(), reads, ()),)
+        if wrong := [n for n in reads if self._made[n] != wanted]:
+            raise RecipeError(f"{where}: {stage.method} trains on {wanted}, but reads {self._made[wrong[0]]}")
+        self._put(stage, reads, ())
+        self.trained = True
+
+    def finish(self) -> None:
+        """A data set wants training rows: shape the last samples, unless pairs or rows came last."""
+        last = self._latest("samples", "rows", "pairs") or (self._put(Given(), (), self._all_sets),)
+        if self._made[last[-1]] == "samples":
+            self._put(Shape(), last, ())
+
+    def _latest(self, *wanted: Made) -> tuple[int, ...]:
+        numbers = [step.number for step in self.steps if self._made.get(step.number) in wanted]
+        return (numbers[-1],) if numbers else ()
+
+    def _put(self, knobs: Stage | Given, reads: tuple[int, ...], sets: tuple[str, ...]) -> int:
+        number = len(self.steps) + 1
+        self.steps.append(Step(number, knobs, reads, sets))
+        if type(knobs) in MAKES:
+            self._made[number] = MAKES[type(knobs)]
+        if knobs.as_ and not isinstance(knobs, Train):
+            self._named[knobs.as_] = number
+        return number

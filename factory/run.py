@@ -1,0 +1,147 @@
+"""A run: a folder with manners. Stage folders appear whole or not at all; a manifest tells where every row went.
+
+    runs/<name>/recipe.yaml manifest.json NN-name-hash/ dataset/ report.html report.json
+    NN-name-hash/           kept-00000.jsonl dropped-00000.jsonl failed-00000.jsonl manifest.json
+"""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import msgspec
+
+from factory.errors import FactoryError
+from factory.rows import Row, Sample, by_prompt, encode
+
+ROWS_PER_SHARD = 50_000
+R = TypeVar("R", bound=Row)
+
+
+class StageFolder:
+    """One stage's folder. It exists under its own name only when complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        data: dict[str, Any] = msgspec.json.decode((self.path / "manifest.json").read_bytes())
+        return data
+
+    def rows(self, kind: type[R], ending: str = "kept") -> Iterator[R]:
+        """The stage's rows in order, one at a time."""
+        decoder = msgspec.json.Decoder(kind)
+        for shard in self.shards(ending):
+            with shard.open("rb") as lines:
+                yield from map(decoder.decode, lines)
+
+    def shards(self, ending: str = "kept") -> list[Path]:
+        return sorted(self.path.glob(f"{ending}-*.jsonl"))
+
+    def groups(self) -> Iterator[list[Sample]]:
+        """The kept samples, those of one prompt together."""
+        return iter(by_prompt(self.rows(Sample)))
+
+    def write(self) -> "StageWriter":
+        return StageWriter(self.path)
+
+
+class StageWriter:
+    """Writes a stage's rows into `<folder>.partial` and renames it at the end, manifest included."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.folder = final.with_name(final.name + ".partial")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._files: dict[str, IO[bytes]] = {}
+        self._shards: Counter[str] = Counter()
+        self._in_shard: Counter[str] = Counter()
+        self._last_prompt: dict[str, str] = {}
+
+    def put(self, row: Row, units: int = 1) -> None:
+        """Write a row where its ending says; `units` is what it counts for in the stage's unit."""
+        ending, prompt = "kept", ""
+        if isinstance(row, Sample):
+            ending, prompt = row.ending, row.prompt.id
+            if ending != "kept":
+                self.count_reason(row.verdicts[-1].reason)
+        self.counts[ending] += units
+        full = self._in_shard[ending] >= ROWS_PER_SHARD
+        if ending not in self._files or (full and prompt != self._last_prompt.get(ending)):
+            self._next_shard(ending)
+        self._files[ending].write(encode(row) + b"\n")
+        self._in_shard[ending] += 1
+        self._last_prompt[ending] = prompt
+
+    def count_reason(self, reason: str, times: int = 1) -> None:
+        """Reasons carry the measured value after "=" or ":"; the funnel counts what stands before it."""
+        self.reasons[reason.partition("=")[0].partition(":")[0]] += times
+
+    def _next_shard(self, ending: str) -> None:
+        if ending in self._files:
+            _close(self._files[ending])
+        self._files[ending] = (self.folder / f"{ending}-{self._shards[ending]:05}.jsonl").open("wb")
+        self._shards[ending] += 1
+        self._in_shard[ending] = 0
+
+    def finish(self, manifest: dict[str, Any], planned: int | None) -> StageFolder:
+        """Check that every planned unit ended somewhere, write the manifest, make the folder real.
+
+        `planned` is the number of units that went in; None takes the sum (stages that make their own units).
+        """
+        for file in self._files.values():
+            _close(file)
+        ended = sum(self.counts.values())
+        if planned is not None and ended != planned:
+            raise FactoryError(
+                f"{self.final.name}: {planned} {manifest.get('unit', 'rows')} went in, but {ended} ended "
+                f"({dict(self.counts)}); this is a bug of ours, the rows are in {self.folder}"
+            )
+        counts = {"in": ended, **{e: self.counts[e] for e in ("kept", "dropped", "failed")}}
+        whole = {**manifest, "folder": self.final.name, **counts, "reasons": dict(self.reasons.most_common())}
+        write_json(self.folder / "manifest.json", whole)
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.folder.rename(self.final)
+        fsync_folder(self.final.parent)
+        return StageFolder(self.final)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write whole or not at all."""
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write whole or not at all: a temporary neighbour, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _close(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+

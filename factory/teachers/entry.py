@@ -1,0 +1,42 @@
+"""What all model entries of a recipe have in common: limits, prices, terms."""
+
+from decimal import Decimal
+
+from pydantic import Field
+
+from factory.knobs import Knobs
+from factory.rows import Usage
+
+MILLION = 1_000_000
+
+
+class Limits(Knobs):
+    """How hard a teacher may be driven. `timeout_s` is for the whole request; a 429 or 503 is not an attempt."""
+
+    rpm: int | None = Field(None, gt=0)
+    tpm: int | None = Field(None, gt=0)
+    max_concurrency: int = Field(64, gt=0)
+    timeout_s: float = Field(120.0, gt=0)
+    max_attempts: int = Field(6, gt=0)
+
+
+class Price(Knobs):
+    """US dollars per million tokens."""
+
+    input: Decimal
+    output: Decimal
+    cached: Decimal | None = None
+
+    def usd(self, usage: Usage) -> Decimal:
+        """What a request cost; cached prompt tokens are billed at `cached` where it is given."""
+        cached = usage.cached_tokens if self.cached is not None else 0
+        fresh = usage.prompt_tokens - cached
+        return (self.input * fresh + (self.cached or 0) * cached + self.output * usage.completion_tokens) / MILLION
+
+
+class Entry(Knobs):
+    """A model that can answer: base of the records under `models:`. `terms` says what its answers may be used for."""
+
+    limits: Limits = Limits()
+    price: Price | None = None
+    terms: str | None = None

@@ -71,11 +71,14 @@ class Desk:
                 await asyncio.gather(*(counter.work(missing) for _ in range(limit)))
             finally:
                 await model.teacher.close()
+                await self.journal.flush()
             if counter.error is not None:
                 raise counter.error
         return counter.tally
 
-    def read(self, model: Model, requests: Iterable[Request], tally: Tally) -> Iterator[tuple[Request, list[Choice | Failure]]]:
+    def read(
+        self, model: Model, requests: Iterable[Request], tally: Tally
+    ) -> Iterator[tuple[Request, list[Choice | Failure]]]:
         """Each request with the outcome of each of its draws, from the journal alone."""
         for chunk in _chunks(requests, LOOKUP):
             stored = self.journal.answers(key for request in chunk for key in answer_keys(request))
@@ -138,7 +141,11 @@ class _Round:
                 self.error = self.error or e
                 return
             got = len(outcome.choices) if isinstance(outcome, Reply) else 0
-            failure = outcome if isinstance(outcome, Failure) else Failure(reason="missing_choice", detail="fewer answers than n")
+            failure = (
+                outcome
+                if isinstance(outcome, Failure)
+                else Failure(reason="missing_choice", detail="fewer answers than n")
+            )
             for key in answer_keys(request)[got:]:
                 self.tally.failures[key] = failure
             self.advance(request.n)
@@ -148,7 +155,7 @@ class _Round:
         limits = self.model.entry.limits
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, limits.max_attempts),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
             retry=tenacity.retry_if_result(partial(_again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
@@ -156,7 +163,9 @@ class _Round:
         if isinstance(outcome, Failure) and (error := STOPS.get(outcome.reason)):
             raise error(f"models.{self.model.name}: {outcome.detail}")
         if isinstance(outcome, Failure) and outcome.reason == "outage" and not self._answered:
-            raise OutageError(f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up")
+            raise OutageError(
+                f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up"
+            )
         return outcome
 
     async def _attempt(self, request: Request) -> Outcome:
@@ -181,7 +190,7 @@ class _Round:
     async def _send(self, request: Request) -> Outcome:
         """Reserve, commit the intent, send, commit the body, read it, file it: in this order."""
         desk, model, entry = self.desk, self.model, self.model.entry
-        hold = desk.wall.reserve(request, entry.price, model.name)
+        hold = desk.wall.reserve(request, entry, model.name)
         attempt = await desk.journal.begin(desk.run, request, str(hold.usd), hold.prompt_tokens)
         self.tally.sent += 1
         answer = await model.teacher.send(request)

@@ -9,7 +9,7 @@ from factory.errors import BudgetError, RecipeError
 from factory.journal import Spent
 from factory.knobs import Knobs
 from factory.rows import Request, Usage, encode
-from factory.teachers.entry import Price
+from factory.teachers.entry import Entry, Price
 
 
 class Budget(Knobs):
@@ -45,11 +45,13 @@ class Wall:
         self.usd = Decimal(str(spent.usd))
         self._started = time.monotonic()
 
-    def reserve(self, request: Request, price: Price | None, model: str) -> Hold:
+    def reserve(self, request: Request, entry: Entry, model: str) -> Hold:
         """Hold the worst case of `request`; BudgetError when it does not fit under the wall."""
-        if self.budget.usd is not None and price is None:
-            raise RecipeError(f"budget.usd is set, but models.{model} has no price: give price: {{input, output}} (0 is a price)")
-        hold = Hold(request, price)
+        if self.budget.usd is not None and entry.billed and entry.price is None:
+            raise RecipeError(
+                f"budget.usd is set, but models.{model} has no price: give price: {{input, output}} (0 is a price)"
+            )
+        hold = Hold(request, entry.price)
         b = self.budget
         hours = (time.monotonic() - self._started) / 3600
         for name, would_be, limit in (
@@ -74,4 +76,9 @@ class Wall:
         self.usd += usd - hold.usd
 
     def _now(self, name: str, hours: float) -> str:
-        return {"usd": f"{self.usd:.4f}", "requests": str(self.requests), "tokens": str(self.tokens), "hours": f"{hours:.2f}"}[name]
+        return {
+            "usd": f"{self.usd:.4f}",
+            "requests": str(self.requests),
+            "tokens": str(self.tokens),
+            "hours": f"{hours:.2f}",
+        }[name]

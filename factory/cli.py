@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             raise
-        print(f"factory: {e.strerror}: {e.filename or 'the run folder'}; free space or fix permissions, then run again", file=sys.stderr)
+        print(
+            f"factory: {e.strerror}: {e.filename or 'the run folder'}; free space or fix permissions, then run again",
+            file=sys.stderr,
+        )
         return DiskError.exit_code
 
 
@@ -65,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.0.generate.n=4; repeatable")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.0.generate.n=4; repeatable"
+    )
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
 
 

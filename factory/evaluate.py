@@ -111,7 +111,9 @@ async def evaluate(
 class Scored:
     """One model's answers to the held-out prompts, measured; lists run parallel to the prompts."""
 
-    def __init__(self, name: str, role: str, samples: list[Sample], filters: list[RowFilter], check: MatchesReference) -> None:
+    def __init__(
+        self, name: str, role: str, samples: list[Sample], filters: list[RowFilter], check: MatchesReference
+    ) -> None:
         self.name, self.role, self.samples = name, role, samples
         refused = [accepts(filters, s) if s.ending == "kept" else None for s in samples]
         self.judged = [s if verdict is None else s.judged(verdict) for s, verdict in zip(samples, refused, strict=True)]
@@ -162,9 +164,19 @@ def _rows(model: Scored, seed: int) -> list[dict[str, Any]]:
         if not known:
             continue
         mean = sum(known) / len(known)
-        low, high = stats.wilson(round(sum(known)), len(known)) if measure in RATES else stats.bootstrap_mean(known, seed)
+        low, high = (
+            stats.wilson(round(sum(known)), len(known)) if measure in RATES else stats.bootstrap_mean(known, seed)
+        )
         rows.append(
-            {"model": model.name, "role": model.role, "measure": measure, "value": mean, "low": low, "high": high, "n": len(known)}
+            {
+                "model": model.name,
+                "role": model.role,
+                "measure": measure,
+                "value": mean,
+                "low": low,
+                "high": high,
+                "n": len(known),
+            }
         )
     return rows
 
@@ -186,7 +198,16 @@ def _compare(kind: str, measure: str, a: Scored, b: Scored, seed: int) -> list[d
         return []
     value, low, high = result
     return [
-        {"measure": measure, "kind": kind, "a": a.name, "b": b.name, "value": value, "low": low, "high": high, "n": len(both)}
+        {
+            "measure": measure,
+            "kind": kind,
+            "a": a.name,
+            "b": b.name,
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": len(both),
+        }
     ]
 
 

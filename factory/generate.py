@@ -117,9 +117,18 @@ def samples(
     for draw, outcome in enumerate(outcomes, first_draw):
         key = Sample.key(prompt, asked, model, draw)
         if isinstance(outcome, Failure):
-            verdict = Verdict(filter="generate", keep=None, reason=outcome.reason, evidence=outcome.detail[:500] or None)
+            verdict = Verdict(
+                filter="generate", keep=None, reason=outcome.reason, evidence=outcome.detail[:500] or None
+            )
             yield Sample(
-                id=key, prompt=prompt, asked=asked, response="", model=model, draw=draw, finish="failed", verdicts=[verdict]
+                id=key,
+                prompt=prompt,
+                asked=asked,
+                response="",
+                model=model,
+                draw=draw,
+                finish="failed",
+                verdicts=[verdict],
             )
         else:
             yield Sample(

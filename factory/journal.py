@@ -213,6 +213,10 @@ class Journal:
         row = (time.time(), failure.reason, failure.detail, attempt)
         await asyncio.wrap_future(self._write(lambda db: db.execute(sql + " WHERE id=?", row)))
 
+    async def flush(self) -> None:
+        """Wait until everything written so far is committed."""
+        await asyncio.wrap_future(self._write(lambda db: None))
+
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def answers(self, keys: Iterable[str]) -> dict[str, Stored]:

@@ -30,7 +30,13 @@ class Judge(Knobs):
 
 
 async def judge(
-    knobs: Judge, rubric: Rubric, open_samples: Callable[[], Iterable[Sample]], total: int, model: Model, desk: Desk, seed: int
+    knobs: Judge,
+    rubric: Rubric,
+    open_samples: Callable[[], Iterable[Sample]],
+    total: int,
+    model: Model,
+    desk: Desk,
+    seed: int,
 ) -> tuple[Tally, Iterator[Sample]]:
     """Ask for all scores, then give the samples back in order, scored or set aside with the reason."""
     sampling = knobs.sampling()
@@ -39,19 +45,27 @@ async def judge(
         for sample in open_samples():
             drawn = None if sampling.temperature == 0 else draw_seed(seed, sample.prompt, sample.draw)
             yield Request(
-                identity=model.identity, messages=render(rubric, sample), sampling=sampling, seed=drawn, prompt=sample.prompt.id
+                identity=model.identity,
+                messages=render(rubric, sample),
+                sampling=sampling,
+                seed=drawn,
+                prompt=sample.prompt.id,
             )
 
     tally = await desk.ask(model, requests(), total, f"judge {model.name}")
     outcomes = desk.read(model, requests(), tally)
     name = knobs.as_ or rubric.name
-    scored = (_scored(sample, name, rubric, outcome[0]) for sample, (_, outcome) in zip(open_samples(), outcomes, strict=True))
+    scored = (
+        _scored(sample, name, rubric, outcome[0]) for sample, (_, outcome) in zip(open_samples(), outcomes, strict=True)
+    )
     return tally, scored
 
 
 def _scored(sample: Sample, name: str, rubric: Rubric, outcome: Choice | Failure) -> Sample:
     if isinstance(outcome, Failure):
-        return sample.judged(Verdict(filter="judge", keep=None, reason=f"judge_{outcome.reason}", evidence=outcome.detail[:500]))
+        return sample.judged(
+            Verdict(filter="judge", keep=None, reason=f"judge_{outcome.reason}", evidence=outcome.detail[:500])
+        )
     if outcome.finish != "stop":
         return sample.judged(Verdict(filter="judge", keep=None, reason="judge_truncated", evidence=outcome.text[-500:]))
     score = read_score(rubric, outcome.text)

@@ -109,7 +109,9 @@ class Work:
             say(f"{step.title}")
             folder = self._make(step, StageWriter(folder.path))
             counts = folder.manifest
-            say(f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed")
+            say(
+                f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed"
+            )
         self.made[step.number] = folder
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
@@ -120,7 +122,9 @@ class Work:
         prompts = [self.prompts.digest(name) for name in step.sets]
         models = [self.models.identity(name) for name in self._asked(step)]
         files = [digest(find(path).read_text(errors="replace")) for path in _files(step)]
-        return digest(step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed, size=4)
+        return digest(
+            step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed, size=4
+        )
 
     def _asked(self, step: Step) -> list[str]:
         match step.knobs:
@@ -139,7 +143,11 @@ class Work:
 
     def _make(self, step: Step, out: StageWriter) -> StageFolder:
         started = time.monotonic()
-        facts: dict[str, Any] = {"stage": step.knobs.kind, "as": step.knobs.as_, "unit": UNITS.get(step.knobs.kind, "samples")}
+        facts: dict[str, Any] = {
+            "stage": step.knobs.kind,
+            "as": step.knobs.as_,
+            "unit": UNITS.get(step.knobs.kind, "samples"),
+        }
         facts["knobs"] = step.knobs.model_dump(mode="json", by_alias=True, exclude_unset=True)
         match step.knobs:
             case Generate() as knobs:
@@ -248,10 +256,14 @@ class Work:
                 whole.write(shard.read_bytes())
         total = _lines([rows])
         if total == 0:
-            raise RecipeError(f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl")
+            raise RecipeError(
+                f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl"
+            )
         entry = self.models.entry(knobs.student)
         if not isinstance(entry, Weights):
-            raise RecipeError(f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`")
+            raise RecipeError(
+                f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`"
+            )
         with _training_bar(step.title) as progress:
             told = train(
                 knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
@@ -292,7 +304,9 @@ class Work:
             preferences = all(isinstance(steps[number - 1].knobs, PairUp) for number in reads)
             kind: type[Pair] | type[TrainRow] = Pair if preferences else TrainRow
             test = (lambda: iter(())) if preferences else partial(self._test_rows, steps)
-            configs.append(dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test))
+            configs.append(
+                dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test)
+            )
         dataset.write(self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps))
 
     def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
@@ -368,7 +382,7 @@ def _files(step: Step) -> list[str]:
     match step.knobs:
         case Judge() as knobs:
             return [knobs.rubric]
-        case Generate() as knobs if (path := getattr(knobs.ask, "path", None)):
+        case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:
             return []

@@ -22,12 +22,15 @@ MAX_LINE = 1 << 24
 
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+\Z", re.ASCII)
 
+Find = Callable[[str], Path]
+"""From a path in a recipe to a file: in the working directory, else among what ships; RecipeError if in neither."""
+
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | None]]
 """Line (or row, where there are no lines; both count from 1), and the row; None is a blank line."""
 
 
-def read(path: str, split: str | None, find: Callable[[str], Path]) -> Numbered:
+def read(path: str, split: str | None, find: Find) -> Numbered:
     """The rows of a local file, a folder or a hub data set; RecipeError where they cannot be read."""
     if is_hub_id(path, find):
         return _dataset(path, split)
@@ -37,16 +40,17 @@ def read(path: str, split: str | None, find: Callable[[str], Path]) -> Numbered:
     if split is not None:
         raise RecipeError(f"{path}: `split` chooses a part of a data set; a file has none")
     if there.suffix not in READERS:
-        raise RecipeError(f"{path}: cannot read {there.suffix!r} files; give {', '.join(READERS)}, a folder or a hub id")
+        known = ", ".join(READERS)
+        raise RecipeError(f"{path}: cannot read {there.suffix!r} files; give {known}, a folder or a hub id")
     return READERS[there.suffix](there)
 
 
-def is_hub_id(path: str, find: Callable[[str], Path]) -> bool:
+def is_hub_id(path: str, find: Find) -> bool:
     """Whether a path names a data set on the hub: `owner/name`, and no folder `owner` is found here."""
     return bool(HUB_ID.match(path)) and Path(path).suffix not in READERS and not _exists(str(Path(path).parent), find)
 
 
-def _exists(path: str, find: Callable[[str], Path]) -> bool:
+def _exists(path: str, find: Find) -> bool:
     try:
         return bool(find(path))
     except RecipeError:
@@ -67,9 +71,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     # spreadsheets put a byte order mark first
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as e:
-                    raise RecipeError(
-                        f"{path}:{number}: not UTF-8: byte 0x{line[e.start]:02x} at byte {e.start + 1}; save the file as UTF-8"
-                    ) from None
+                    wrong = f"byte {e.start + 1} of the line is 0x{line[e.start]:02x}"
+                    raise RecipeError(f"{path}:{number}: not UTF-8: {wrong}; save the file as UTF-8") from None
     except OSError as e:
         raise RecipeError(f"{path}: {e.strerror}") from None
 
@@ -91,7 +94,7 @@ def _jsonl(path: Path) -> Numbered:
         except RecursionError:
             raise RecipeError(f"{path}:{number}:1: not JSON: nested too deeply") from None
         if not isinstance(row, dict):
-            raise RecipeError(f"{path}:{number}:1: a row is an object such as {{\"prompt\": ...}}, not {str(row)[:40]!r}")
+            raise RecipeError(f"{path}:{number}:1: a row is an object with columns, not {line.strip()[:40]!r}")
         yield number, row
 
 
@@ -112,9 +115,8 @@ def _csv(path: Path) -> Numbered:
         start = reader.line_num + 1
         for fields in reader:
             if fields and len(fields) != len(header):
-                raise RecipeError(
-                    f"{path}:{start}: {len(fields)} fields, but the header has {len(header)}; quote text that holds commas"
-                )
+                counts = f"{len(fields)} fields, but the header has {len(header)}"
+                raise RecipeError(f"{path}:{start}: {counts}; quote text that holds commas")
             yield start, dict(zip(header, fields, strict=True)) if fields else None
             start = reader.line_num + 1  # a quoted field may go over several lines
     except csv.Error as e:
@@ -137,7 +139,8 @@ def _dataset(path: str, split: str | None) -> Numbered:
         if isinstance(data, dict):
             wanted = split or ("train" if "train" in data else next(iter(data)) if len(data) == 1 else None)
             if wanted not in data:
-                raise RecipeError(f"{path}: `split` must be one of {', '.join(data)}" + (f", not {split!r}" if split else ""))
+                wrong = f"there is no split {split!r}" if split else "say which split to read"
+                raise RecipeError(f"{path}: {wrong}; `split:` can be {', '.join(data)}")
             data = data[wanted]
         elif split is not None:
             raise RecipeError(f"{path}: this data set has no splits; remove `split`")

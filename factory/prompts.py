@@ -1,42 +1,37 @@
-"""Prompt lists in: rows of several well-known forms become `Prompt`s with content ids, split once into train and test.
+"""Prompt lists in: rows become prompts with content ids, are linted, and split once into train and test.
 
-Every row of a file ends somewhere: it is a prompt, or an `Ending` with a reason. Rows are streamed, but the prompts that
-are kept stay in memory: a million of 500 characters are about 1 GB.
+Every row of a file ends somewhere: it is a prompt, or an `Ending` with a reason. Rows are streamed, but the prompts
+that are kept stay in memory: a million of 500 characters take about 1.6 GB.
 
-The split. `held_out: N` takes the N prompts with the smallest hash of (seed, id), so neither order nor the rest of the
-file decides about a prompt. Two exceptions keep it honest. Near-duplicates go to one side together: groups of them are
-taken, smallest hash first, as long as they fit into N. And when rows are added, a new prompt with a smaller hash can
-push the *last* of the held-out ones back into train; it never swaps any other.
+The split. `held_out: N` takes the N prompts with the smallest hash of (seed, id): neither order nor other rows decide
+about a prompt, and rows added later leave a held-out prompt where it is, except that each new one with a smaller hash
+takes the place of the one with the largest. Near-duplicates go to one side together: groups of them are taken in the
+order of their smallest hash, if they still fit into N.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from factory import rows
 from factory.errors import RecipeError
 from factory.knobs import Knobs
-from factory.prompt_files import read
-from factory.prompt_rows import Column, Unreadable, prompt_reader
-from factory.rows import Prompt, Row
+from factory.prompt_files import READERS, Find, read
+from factory.prompt_rows import Column, Reader, Unreadable, prompt_reader
+from factory.rows import Prompt, Row, digest
 
 MAX_CHARACTERS = 100_000
 NEAR = 0.8
 """Similarity from which two prompts must not stand on both sides of the split."""
 
-Find = Callable[[str], Path]
-"""From a path in a recipe to a file: in the working directory, else among what ships; RecipeError if in neither."""
-
 
 class PromptSet(Knobs):
     """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns."""
 
-    path: str
+    path: str = Field(min_length=1)
     name: str | None = None
     split: str | None = None
     columns: dict[Column, str] = {}
@@ -52,7 +47,8 @@ class PromptSet(Knobs):
     @property
     def title(self) -> str:
         """The name that `from:` uses: `name`, or the file's or data set's own."""
-        return self.name or Path(self.path).stem
+        path = Path(self.path)
+        return self.name or (path.stem if path.suffix in READERS else path.name)
 
 
 class Ending(Row, frozen=True):
@@ -69,7 +65,7 @@ class Ending(Row, frozen=True):
         return self.reason.partition("=")[0].partition(":")[0]
 
 
-class Funnel(rows.Row, frozen=True, rename={"in_": "in"}, omit_defaults=False):
+class Funnel(Row, frozen=True, rename={"in_": "in"}):
     """in = kept + dropped + failed, in rows read; kept = train + test."""
 
     stage: Literal["prompts"]
@@ -86,7 +82,7 @@ class Funnel(rows.Row, frozen=True, rename={"in_": "in"}, omit_defaults=False):
 
 @dataclass
 class PromptList:
-    """One list, read and split. `kept` are (line, prompt) in file order; `held_out` are ids."""
+    """One list, read and split. `kept` are (line, prompt) in file order; `held_out` are ids; `wanted` of them."""
 
     name: str
     kept: list[tuple[int, Prompt]]
@@ -108,18 +104,19 @@ class PromptList:
         reasons = Counter(ending.kind for ending in self.endings)
         failed, test = reasons["unreadable"], len(self.test)
         return Funnel(
-            stage="prompts", name=self.name, unit="rows", in_=len(self.kept) + len(self.endings), kept=len(self.kept),
-            dropped=reasons.total() - failed, failed=failed, reasons=dict(reasons), train=len(self.kept) - test, test=test,
+            stage="prompts", name=self.name, unit="rows", in_=len(self.kept) + len(self.endings),
+            kept=len(self.kept), dropped=reasons.total() - failed, failed=failed, reasons=dict(+reasons),
+            train=len(self.kept) - test, test=test,
         )  # fmt: skip
 
 
 class PromptLists:
     """All lists of a recipe, by name."""
 
-    def __init__(self, lists: list[PromptList]) -> None:
+    def __init__(self, lists: Iterable[PromptList]) -> None:
         self.by_name = {one.name: one for one in lists}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[PromptList]:
         return iter(self.by_name.values())
 
     def train(self, name: str) -> list[Prompt]:
@@ -130,8 +127,159 @@ class PromptLists:
 
     def digest(self, name: str) -> str:
         """Equal when the same prompts, with the same references and answers, stand on the same sides."""
-        return rows.digest(self.train(name), self.test(name))
+        one = self.by_name[name]
+        facts = [(p.id, p.reference, p.completion, p.tags, p.id in one.held_out) for _, p in one.kept]
+        return digest(name, facts)
 
-    @cached_property
+    @property
     def funnel(self) -> list[Funnel]:
         return [one.funnel for one in self]
+
+
+def load(sets: list[PromptSet], seed: int, find: Find) -> PromptLists:
+    """Read and split every list. RecipeError, with file and line, for what cannot be read or makes no sense."""
+    lists: list[PromptList] = []
+    for knobs in sets:
+        one = _read(knobs, find)
+        if any(one.name == other.name for other in lists):
+            raise RecipeError(f"prompts: two lists are called {one.name!r}; give one of them `name:`")
+        _split(one, seed)
+        lists.append(one)
+    for one in lists:
+        _keep_apart(one, [other for other in lists if other is not one])
+    return PromptLists(lists)
+
+
+def lint(lists: PromptLists) -> list[str]:
+    """What is odd about the lists, in lines for people; empty when all is well."""
+    return [f"{one.name}: {line}" for one in lists for line in _oddities(one)]
+
+
+def _oddities(one: PromptList) -> Iterator[str]:
+    firsts = {ending.kind: ending for ending in reversed(one.endings)}
+    for kind, number in sorted(Counter(ending.kind for ending in one.endings).items()):
+        first = f"first: line {firsts[kind].row}, {firsts[kind].reason}"
+        yield f"{number} of {one.funnel.in_} rows left out: {kind} ({first})"
+    if one.straddling:
+        yield f"{one.straddling} groups of near-duplicates would stand in both train and test; each is kept on one side"
+    if one.wanted > len(one.held_out):
+        yield f"{len(one.held_out)} prompts are held out, not {one.wanted}: more would divide near-duplicates"
+    if not one.train:
+        yield "no prompt is left to train on"
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _First(NamedTuple):
+    """Where a prompt was seen first, and which answers came with it so far."""
+
+    line: int
+    reference: str | None
+    completions: set[str | None]
+
+
+def _read(knobs: PromptSet, find: Find) -> PromptList:
+    """The rows of one list up to `take` good ones; each is kept or has an ending."""
+    as_prompt = prompt_reader(knobs.columns, knobs.title)
+    one = PromptList(knobs.title, [], [], knobs.held_out)
+    seen: dict[str, _First] = {}
+    for line, row in read(knobs.path, knobs.split, find):
+        got = _made(row, line, as_prompt, knobs.path)
+        if isinstance(got, Prompt):
+            got = _duplicate(got, line, seen, knobs.path) or got
+        if isinstance(got, Ending):
+            one.endings.append(got)
+        else:
+            one.kept.append((line, got))
+            if len(one.kept) == knobs.take:
+                break
+    if not one.kept:
+        why = f"; line {one.endings[0].row}: {one.endings[0].reason}" if one.endings else ""
+        raise RecipeError(f"{knobs.path}: there are no prompts in it{why}")
+    return one
+
+
+def _made(row: dict[str, Any] | None, line: int, as_prompt: Reader, path: str) -> Prompt | Ending:
+    if row is None:
+        return Ending(row=line, id=None, reason="empty")
+    try:
+        prompt = as_prompt(row, f"{path}:{line}")
+    except Unreadable as e:
+        return Ending(row=line, id=None, reason=f"unreadable: {e}")
+    if not prompt.text.strip():
+        return Ending(row=line, id=None, reason="empty")
+    size = sum(len(message["content"]) for message in prompt.messages)
+    if size > MAX_CHARACTERS:
+        return Ending(row=line, id=prompt.id, reason=f"over_long={size}>{MAX_CHARACTERS}")
+    return prompt
+
+
+def _duplicate(prompt: Prompt, line: int, seen: dict[str, _First], path: str) -> Ending | None:
+    """The same messages again. Another answer to them is data; another reference is a contradiction."""
+    first = seen.setdefault(prompt.id, _First(line, prompt.reference, set()))
+    if first.reference != prompt.reference:
+        raise RecipeError(
+            f"{path}: lines {first.line} and {line} ask the same, but their references differ: "
+            f"{_shown(first.reference)} and {_shown(prompt.reference)}"
+        )
+    if prompt.completion in first.completions:
+        return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first.line}", evidence=prompt.id)
+    first.completions.add(prompt.completion)
+    return None
+
+
+def _shown(reference: str | None) -> str:
+    return repr(reference[:60]) if reference else "none"
+
+
+# -- the split -------------------------------------------------------------------------------------------------------
+
+
+def _split(one: PromptList, seed: int) -> None:
+    """Choose the held-out ids: whole groups of near-duplicates, smallest hash first, while they fit."""
+    if not one.wanted:
+        return
+    texts = {prompt.id: _said(prompt) for _, prompt in one.kept}
+    if one.wanted >= len(texts):
+        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} of {len(texts)} prompts leaves none to train on")
+    by_hash = sorted(texts, key=lambda id_: digest("held out", seed, id_))
+    groups: dict[int, list[str]] = {}
+    labels = _similar([texts[id_] for id_ in by_hash])
+    for id_, label in zip(by_hash, labels, strict=True):
+        groups.setdefault(label, []).append(id_)
+    for group in groups.values():  # in the order of their smallest hash
+        if len(one.held_out) + len(group) <= one.wanted:
+            one.held_out.update(group)
+    blindly = set(by_hash[: one.wanted])
+    one.straddling = sum(1 for group in groups.values() if 0 < len(blindly.intersection(group)) < len(group))
+    if not one.held_out:
+        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} is less than any group of near-duplicates")
+
+
+def _keep_apart(one: PromptList, others: list[PromptList]) -> None:
+    """Take out of a list's train part what is held out elsewhere, or nearly the same as that."""
+    tests = {prompt.id: _said(prompt) for other in others for prompt in other.test}
+    trains = {prompt.id: _said(prompt) for prompt in one.train}
+    if not tests or not trains:
+        return
+    labels = _similar([*tests.values(), *trains.values()])
+    of_group = dict(zip(labels, tests, strict=False))  # the first labels are those of the tests
+    near = {id_: of_group[label] for id_, label in zip(trains, labels[len(tests) :], strict=True) if label in of_group}
+    twins = near | {id_: id_ for id_ in trains if id_ in tests}
+    for line, prompt in one.kept:
+        if prompt.id in twins:
+            one.endings.append(Ending(row=line, id=prompt.id, reason="held_out_elsewhere", evidence=twins[prompt.id]))
+    one.kept = [(line, prompt) for line, prompt in one.kept if prompt.id not in twins]
+
+
+def _similar(texts: list[str]) -> list[int]:
+    # the one look down the map: near-duplicates are found in one way, for prompts as for answers
+    from factory.filters.duplicates import similar_groups
+
+    return similar_groups(texts, NEAR)
+
+
+def _said(prompt: Prompt) -> str:
+    """What a prompt is compared by: all of it but the system message, which many prompts share."""
+    return "\n".join(message["content"] for message in prompt.messages if message["role"] != "system")

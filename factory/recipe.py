@@ -75,7 +75,9 @@ def find(path: str) -> Path:
         return own
     if (there := shipped() / path).exists() and not own.is_absolute():
         return there
-    raise RecipeError(f"there is no file {path!r}, neither in {Path.cwd().name}/ nor among the shipped prompts and recipes")
+    raise RecipeError(
+        f"there is no file {path!r}, neither in {Path.cwd().name}/ nor among the shipped prompts and recipes"
+    )
 
 
 def shipped() -> Path:
@@ -158,7 +160,9 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
 def _step(here: Any, key: str, override: str) -> Any:
     if isinstance(here, list):
         if not key.isdigit() or int(key) > len(here):
-            raise RecipeError(f"--set {override}: {key!r} is not one of the {len(here)} items of that list (they count from 0)")
+            raise RecipeError(
+                f"--set {override}: {key!r} is not one of the {len(here)} items of that list (they count from 0)"
+            )
         return int(key)
     if not isinstance(here, dict):
         raise RecipeError(f"--set {override}: nothing below {key!r} can be set")
@@ -220,7 +224,13 @@ def _known_keys(loc: tuple[str | int, ...]) -> set[str]:
         if isinstance(part, int):
             continue
         tagged = {c for c in here if part in _tags(c)}
-        inner = {r for c in here for f, info in c.model_fields.items() if part in (f, info.alias) for r in _records(info.annotation)}
+        inner = {
+            r
+            for c in here
+            for f, info in c.model_fields.items()
+            if part in (f, info.alias)
+            for r in _records(info.annotation)
+        }
         here = tagged or inner or here
     return {info.alias or name for c in here for name, info in c.model_fields.items() if name != "kind"}
 

@@ -1,7 +1,7 @@
 """A run: a folder with manners. Stage folders appear whole or not at all; a manifest tells where every row went.
 
-    runs/<name>/recipe.yaml manifest.json NN-name-hash/ dataset/ report.html report.json
-    NN-name-hash/           kept-00000.jsonl dropped-00000.jsonl failed-00000.jsonl manifest.json
+runs/<name>/recipe.yaml manifest.json NN-name-hash/ dataset/ report.html report.json
+NN-name-hash/           kept-00000.jsonl dropped-00000.jsonl failed-00000.jsonl manifest.json
 """
 
 import os
@@ -144,4 +144,3 @@ def _close(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-

@@ -26,7 +26,11 @@ def listing(runs: Path) -> str:
 def describe(folder: Path) -> str:
     """The funnel, the evaluation, and where things are."""
     manifest = _json(folder / "manifest.json")
-    lines = [f"{manifest['name']}: {manifest['status']}", "", f"{'stage':24} {'unit':8} {'in':>7} {'kept':>7} {'dropped':>8} {'failed':>7}  reasons"]
+    lines = [
+        f"{manifest['name']}: {manifest['status']}",
+        "",
+        f"{'stage':24} {'unit':8} {'in':>7} {'kept':>7} {'dropped':>8} {'failed':>7}  reasons",
+    ]
     for name in manifest["stages"]:
         stage = StageFolder(folder / name).manifest
         reasons = ", ".join(f"{reason} {count}" for reason, count in stage["reasons"].items())

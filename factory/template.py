@@ -17,8 +17,8 @@ MAX_OUTPUT = 1_000_000
 
 FILTERS = ("capitalize", "d", "default", "first", "last", "length", "lower", "title", "trim", "upper")
 NODES = {
-    "And", "Compare", "CondExpr", "Const", "Filter", "For", "Getattr", "Getitem", "If", "List", "Name", "Neg", "Not", "Operand",
-    "Or", "Output", "Slice", "Template", "TemplateData", "Test", "Tuple",
+    "And", "Compare", "CondExpr", "Const", "Filter", "For", "Getattr", "Getitem", "If", "List", "Name", "Neg", "Not",
+    "Operand", "Or", "Output", "Slice", "Template", "TemplateData", "Test", "Tuple",
 }  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def _fault(tree: Any) -> str | None:
     for node in every:
         if type(node).__name__ not in NODES:
             return f"line {node.lineno}: {type(node).__name__} is not allowed; columns, `if`, `for` and filters are"
+        if isinstance(node, nodes.Name) and node.name == "self":
+            return f"line {node.lineno}: 'self' is the template, not a column"
         if isinstance(node, nodes.For) and (node.recursive or any(node.find_all(nodes.For))):
             return f"line {node.lineno}: a loop inside a loop is not allowed"
     return None

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from aiohttp import web
@@ -71,3 +72,20 @@ async def serving(script: Script | None = None, delay_s: float = 0.0) -> AsyncIt
         yield server
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def in_thread(script: Script | None = None, delay_s: float = 0.0) -> Iterator[Server]:
+    """The same server on a thread of its own, for tests that run the command line and wait for it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    manager = serving(script, delay_s)
+    server = asyncio.run_coroutine_threadsafe(manager.__aenter__(), loop).result(10)
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(manager.__aexit__(None, None, None), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

@@ -1,6 +1,7 @@
 """What all model entries of a recipe have in common: limits, prices, terms."""
 
 from decimal import Decimal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -36,6 +37,9 @@ class Price(Knobs):
 
 class Entry(Knobs):
     """A model that can answer: base of the records under `models:`. `terms` says what its answers may be used for."""
+
+    billed: ClassVar[bool] = False
+    """Whether somebody sends a bill: then a money budget needs a price."""
 
     limits: Limits = Limits()
     price: Price | None = None

@@ -9,7 +9,7 @@ import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -25,6 +25,8 @@ MAX_BODY_BYTES = 32 * 2**20
 
 class OpenAI(Entry):
     """`{type: openai, model, base_url, api_key_env}`; a server on this machine needs no key."""
+
+    billed: ClassVar[bool] = True
 
     type: Literal["openai"] = "openai"
     model: str

@@ -1,0 +1,170 @@
+"""One row of a file as a `Prompt`: the forms that are recognised, or the columns that a recipe names.
+
+    prompt (+ completion)            a text, or messages; as TRL has it
+    messages                         OpenAI's turns: role, content
+    conversations                    ShareGPT's turns: from, value
+    system_prompt, question, response     OpenOrca
+    instruction, input, output       Alpaca
+
+All of them may have `system`, `reference`, `tags` (a list, or a text with commas) and `completion` beside. A row that
+ends with the assistant brings its own answer: it becomes `Prompt.completion`.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from factory.errors import RecipeError
+from factory.rows import Message, Prompt
+from factory.template import TooMuchOutput, compiled, is_template
+
+Column = Literal["prompt", "system", "messages", "reference", "completion", "tags"]
+Fields = dict[str, Any]
+Reader = Callable[[dict[str, Any], str], Prompt]
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+class Unreadable(Exception):
+    """A row whose values are not what its columns promise. It is counted, with this text as the reason."""
+
+
+def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
+    """From (row, place) to a prompt of the list `source`.
+
+    Raises Unreadable for a row that holds the wrong things, RecipeError (starting with the place, `file:line`) for one
+    that does not have the columns at all.
+    """
+    mapped = {name: _column(text, f"columns.{name}") for name, text in columns.items()}
+
+    def read(row: dict[str, Any], place: str) -> Prompt:
+        fields = {} if {"prompt", "messages"} & mapped.keys() else _recognised(row, place)
+        return _prompt(fields | {name: value(row, place) for name, value in mapped.items()}, source)
+
+    return read
+
+
+def _column(text: str, where: str) -> Callable[[dict[str, Any], str], Any]:
+    """How one field is made of a row: a column by name, or a template."""
+    from jinja2 import UndefinedError
+
+    if not is_template(text):
+
+        def look_up(row: dict[str, Any], place: str) -> Any:
+            if text in row:
+                return row[text]
+            near = difflib.get_close_matches(text, row, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RecipeError(f"{place}: {where}: there is no column {text!r}; {hint}{_columns_of(row)}")
+
+        return look_up
+
+    if where == "columns.messages":
+        raise RecipeError(f"{where}: a template makes text; name a column that holds messages, or map `prompt`")
+    render = compiled(text, where)
+
+    def rendered(row: dict[str, Any], place: str) -> str:
+        try:
+            return render(row)
+        except TooMuchOutput:
+            raise Unreadable(f"{where} renders to too much text") from None
+        except UndefinedError as e:
+            hint = "write {{ name|default('') }} where a column may be missing"
+            raise RecipeError(f"{place}: {where}: {e.message}; {_columns_of(row)}; {hint}") from None
+        except Exception as e:
+            raise RecipeError(f"{place}: {where}: the template fails: {type(e).__name__}: {e}") from e
+
+    return rendered
+
+
+def _recognised(row: dict[str, Any], place: str) -> Fields:
+    """The fields of a row in one of the known forms."""
+    beside: Fields = {name: row[name] for name in ("system", "reference", "tags", "completion") if name in row}
+    if "prompt" in row:
+        return {"messages" if isinstance(row["prompt"], list) else "prompt": row["prompt"], **beside}
+    if "messages" in row:
+        return {"messages": row["messages"], **beside}
+    if "conversations" in row:
+        return {"messages": row["conversations"], **beside}
+    if {"system_prompt", "question"} <= row.keys():
+        return {**beside, "prompt": row["question"], "system": row["system_prompt"], "completion": row.get("response")}
+    if "instruction" in row:
+        if row.get("history"):
+            raise Unreadable("Alpaca's history is not supported; give messages")
+        parts = [_text(row.get(name), name) for name in ("instruction", "input")]
+        return {**beside, "prompt": "\n\n".join(filter(None, parts)), "completion": row.get("output")}
+    raise RecipeError(
+        f"{place}: none of the known forms (prompt, messages, conversations, instruction, system_prompt + question); "
+        f"{_columns_of(row)}; say which one to ask with `columns: {{prompt: NAME}}`"
+    )
+
+
+def _columns_of(row: Iterable[str]) -> str:
+    return f"the row has {', '.join(repr(name)[:60] for name in row) or 'no columns'}"
+
+
+def _prompt(fields: Fields, source: str) -> Prompt:
+    if "messages" in fields:
+        messages = _messages(fields["messages"])
+    else:
+        messages = [Message(role="user", content=_text(fields.get("prompt"), "prompt"))]
+    completion = _completion(fields.get("completion"))
+    if messages and messages[-1]["role"] == "assistant":
+        if completion:
+            raise Unreadable("two answers: the last message and the completion")
+        completion = messages.pop()["content"]
+    if system := _text(fields.get("system"), "system"):
+        if messages and messages[0]["role"] == "system":
+            raise Unreadable("two system messages: the first message and the column")
+        messages.insert(0, Message(role="system", content=system))
+    if not messages or messages[-1]["role"] != "user":
+        raise Unreadable("no question: the messages do not end with the user, or with an answer to the user")
+    return Prompt.of(
+        messages, source=source, tags=_tags(fields.get("tags")), completion=completion if completion.strip() else None,
+        reference=_text(fields.get("reference"), "reference") or None,
+    )  # fmt: skip
+
+
+def _messages(turns: Any) -> list[Message]:
+    """Turns in either spelling. Blank system turns say nothing and are left out."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unreadable("messages are not a list of turns with role and content")
+    messages = []
+    for number, turn in enumerate(turns):
+        role = str(turn.get("role", turn.get("from")))
+        if role not in ROLES:
+            raise Unreadable(f"turn {number} has the role {role[:40]!r}; known: {', '.join(ROLES)}")
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(content, str):
+            raise Unreadable(f"turn {number} holds no text")
+        if role != "system" or content.strip():
+            messages.append(Message(role=ROLES[role], content=content))
+    return messages
+
+
+def _completion(value: Any) -> str:
+    """An answer as a text, or as one assistant message."""
+    if not isinstance(value, list):
+        return _text(value, "completion")
+    messages = _messages(value)
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise Unreadable("the completion is not one assistant message")
+    return messages[0]["content"]
+
+
+def _text(value: Any, name: str) -> str:
+    """A value as text: numbers as JSON writes them, nothing as nothing; blank text is nothing, too."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise Unreadable(f"{name} is not text but {type(value).__name__}")
+    return value if value.strip() else ""
+
+
+def _tags(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [_text(tag, "a tag") for tag in value]
+    return [tag.strip() for tag in _text(value, "tags").split(",") if tag.strip()]

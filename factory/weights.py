@@ -1,0 +1,192 @@
+"""Where local weights come from, and what makes them themselves.
+
+A model may be a hub id, a folder, a GGUF file, or chosen layers of any of these. `materialise` turns it into a plain
+folder (safetensors and tokenizer) that transformers, TRL and vLLM load alike; `fingerprint` names it by content.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from factory.errors import EngineError, RecipeError
+from factory.knobs import Knobs
+from factory.rows import digest
+
+CONTENT = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+"""What of a folder makes the model: weights, configs, tokenizer, chat template."""
+
+
+class Weights(Knobs):
+    """A local model. `layers` makes a smaller one of it: `{uniform: 6}`, `{first: 6}`, `{last: 6}` or `[0, 4, 9]`."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    layers: list[int] | dict[Literal["uniform", "first", "last"], int] | None = Field(None, min_length=1)
+
+    @field_validator("layers")
+    @classmethod
+    def _one_choice(cls, layers: Any) -> Any:
+        if isinstance(layers, dict) and (len(layers) != 1 or min(layers.values()) < 1):
+            raise ValueError("write one of {uniform: N}, {first: N}, {last: N}, or a list of layer numbers")
+        return layers
+
+
+def is_path(model: str) -> bool:
+    """Whether a model string means a place on this disk rather than a hub id `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).is_dir()
+
+
+def located(weights: Weights) -> Path:
+    """The folder or file of a local model; RecipeError where there is none."""
+    path = Path(weights.model).expanduser()
+    if not path.exists():
+        raise RecipeError(f"there are no weights at {weights.model!r}; put a model folder or a .gguf file there (`make weights` fetches a small one)")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise RecipeError(f"{weights.model!r} is not a model folder: it has no config.json")
+    return path
+
+
+def fingerprint(weights: Weights, cache: Path) -> str:
+    """Names a model by content: never by host or path, so a copied folder is the same model. Needs no torch."""
+    if is_path(weights.model):
+        path = located(weights)
+        files = [path] if path.is_file() else sorted(f for glob in CONTENT for f in path.glob(glob))
+        content: Any = [(f.suffix if path.is_file() else f.name, _file_hash(f, cache)) for f in files]
+    else:
+        content = [weights.model, _cached_commit(weights) or weights.revision or "main"]
+    return digest(content, weights.dtype, weights.layers)
+
+
+def _file_hash(file: Path, cache: Path) -> str:
+    """Hash of a file's bytes, remembered by path, size and time of change: gigabytes are not read at every start."""
+    memory = cache / "hashes.json"
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
+    stat = file.stat()
+    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    if key not in known:
+        with file.open("rb") as data:
+            known[key] = hashlib.file_digest(data, "blake2b").hexdigest()[:32]
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        temporary.rename(memory)
+    return known[key]
+
+
+def _cached_commit(weights: Weights) -> str | None:
+    """The commit that the local hub cache holds for a model's revision."""
+    home = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub").expanduser()
+    ref = home / f"models--{weights.model.replace('/', '--')}" / "refs" / (weights.revision or "main")
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+def materialise(weights: Weights, cache: Path) -> Path:
+    """A plain folder with the model. Loads torch where something must be converted: call it in a child process."""
+    path = located(weights) if is_path(weights.model) else None
+    if path is not None and path.is_dir() and weights.layers is None:
+        return path
+    folder = cache / fingerprint(weights, cache)
+    if not folder.is_dir():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        source = path if path is not None else _snapshot(weights)
+        if path is None and weights.layers is None:
+            return source
+        _convert(source, weights, temporary)
+        temporary.rename(folder)
+    return folder
+
+
+def materialise_in_child(weights: Weights, cache: Path) -> Path:
+    """The same from the parent, which must stay free of torch."""
+    if is_path(weights.model) and weights.layers is None and located(weights).is_dir():
+        return located(weights)
+    command = [sys.executable, "-m", "factory.weights", weights.model_dump_json(), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EngineError(f"cannot prepare the weights of {weights.model}: {done.stderr.strip().splitlines()[-1:]}")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def _snapshot(weights: Weights) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise RecipeError("a hub model needs the training packages: pip install 'distillation-factory[train]'") from None
+    try:
+        found: str = snapshot_download(weights.model, revision=weights.revision, allow_patterns=list(CONTENT))
+    except Exception as e:  # the hub's errors have no common root
+        raise RecipeError(f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; give a local folder, or check the name and the network") from None
+    return Path(found)
+
+
+def _convert(source: Path, weights: Weights, folder: Path) -> None:
+    """Load, cut to the chosen layers, and save as safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = {"gguf_file": source.name} if source.is_file() else {}
+    root = source.parent if source.is_file() else source
+    dtype = torch.float32 if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(root, **where)
+    loaded = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, **where)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised by now; with it, saving is refused
+    state = loaded.state_dict()
+    if weights.layers is not None:
+        state = _cut(state, config, chosen(weights.layers, config.num_hidden_layers))
+    plain = type(loaded)(config).to(dtype)
+    plain.load_state_dict(state)
+    ends = loaded.generation_config.eos_token_id or config.eos_token_id or tokenizer.eos_token_id
+    plain.generation_config.eos_token_id = ends
+    plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def chosen(layers: list[int] | dict[Any, int], total: int) -> list[int]:
+    """Layer numbers to keep, ascending; `uniform` always keeps the first and the last."""
+    if isinstance(layers, list):
+        numbers = layers
+    else:
+        ((how, count),) = layers.items()
+        if count > total:
+            raise RecipeError(f"layers: {count} of a model that has {total}")
+        spread = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+        numbers = {"first": list(range(count)), "last": list(range(total - count, total)), "uniform": spread}[how]
+    if wrong := [n for n in numbers if not 0 <= n < total]:
+        raise RecipeError(f"layers: there is no layer {wrong[0]}; the model has {total}, counted from 0")
+    return sorted(set(numbers))
+
+
+def _cut(state: dict[str, Any], config: Any, keep: list[int]) -> dict[str, Any]:
+    """The state of the kept layers, renumbered; the config is changed to fit."""
+    renumbered = {old: new for new, old in enumerate(keep)}
+    kept = {}
+    for name, tensor in state.items():
+        before, layered, after = name.partition(".layers.")
+        if layered:
+            number, _, rest = after.partition(".")
+            if int(number) not in renumbered:
+                continue
+            name = f"{before}.layers.{renumbered[int(number)]}.{rest}"
+        kept[name] = tensor
+    config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[old] for old in keep]
+    return kept
+
+
+if __name__ == "__main__":
+    print(materialise(Weights.model_validate_json(sys.argv[1]), Path(sys.argv[2])))

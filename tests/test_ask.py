@@ -1,0 +1,291 @@
+"""The asking layer against a real server: nothing paid twice, nothing lost, every failure classified."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import textwrap
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from factory.ask import Desk, Model, Tally
+from factory.budget import Budget, Wall
+from factory.errors import AuthError, BudgetError, IdentityError, LockedError, OutageError, RecipeError
+from factory.journal import Journal
+from factory.rows import Beam, Choice, Failure, Prompt, Request, Sampling
+from factory.teachers.openai import OpenAI
+from tests.server import Script, Server, chat, error, serving
+
+
+def questions(count: int) -> list[Prompt]:
+    return [Prompt.of([{"role": "user", "content": f"question {i}"}]) for i in range(count)]
+
+
+def model_at(url: str, **fields: object) -> Model:
+    limits = {"max_attempts": 3, "timeout_s": 5, "max_concurrency": 8}
+    entry = OpenAI(**({"model": "m", "base_url": url, "limits": limits} | fields))  # type: ignore[arg-type]
+    return Model("teacher", entry, entry.identity(Path()), entry.open(Path()))
+
+
+def asks(model: Model, prompts: list[Prompt], n: int = 1, **sampling: object) -> list[Request]:
+    how = Sampling(**sampling)  # type: ignore[arg-type]
+    return [Request(identity=model.identity, messages=p.messages, sampling=how, n=n, prompt=p.id) for p in prompts]
+
+
+async def ask(
+    folder: Path, model: Model, requests: list[Request], budget: Budget | None = None
+) -> tuple[Tally, list[list[Choice | Failure]]]:
+    with Journal(folder / "journal.sqlite") as journal:
+        desk = Desk(journal, Wall(budget or Budget(), journal.spent("run")), "run")
+        tally = await desk.ask(model, requests, len(requests), "test")
+        return tally, [outcomes for _, outcomes in desk.read(model, requests, tally)]
+
+
+def texts(outcomes: list[list[Choice | Failure]]) -> list[list[str]]:
+    return [[o.text if isinstance(o, Choice) else o.reason for o in draws] for draws in outcomes]
+
+
+async def test_answers_come_back_in_order_and_are_never_asked_again(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        first, answers = await ask(tmp_path, model, asks(model, questions(50)))
+        second, again = await ask(tmp_path, model, asks(model, questions(50)))
+    assert texts(answers) == [[f"answer 0 to question {i} (seed None)"] for i in range(50)]
+    assert again == answers
+    assert (first.sent, first.reused, second.sent, second.reused) == (50, 0, 0, 50)
+    assert set(server.seen.values()) == {1}
+
+
+async def test_raising_n_pays_for_the_new_draws_only(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        await ask(tmp_path, model, asks(model, questions(3), n=2))
+        tally, answers = await ask(tmp_path, model, asks(model, questions(3), n=5))
+    assert [body.get("n", 1) for body in server.bodies] == [2, 2, 2, 3, 3, 3]
+    assert tally.reused == 6
+    assert all(len(draws) == 5 and all(isinstance(d, Choice) for d in draws) for draws in answers)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "asked_again", "finish"),
+    [
+        ("length", 8, True, "stop"),  # the limit grew: a truncated answer is asked again
+        ("length", 4, False, "length"),
+        ("length", 3, False, "length"),
+        ("stop", 100, False, "stop"),
+        ("stop", 2, False, "length"),  # five tokens do not fit two: truncated, and not asked again
+    ],
+)
+async def test_a_changed_limit_asks_for_truncated_answers_only(
+    tmp_path: Path, stored: str, wanted: int, asked_again: bool, finish: str
+) -> None:
+    async def script(body: dict, before: int) -> dict:
+        return chat(body, finish=stored if before == 0 else "stop")
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        limit = 4 if stored == "length" else 50
+        await ask(tmp_path, model, asks(model, questions(1), max_tokens=limit))
+        tally, answers = await ask(tmp_path, model, asks(model, questions(1), max_tokens=wanted))
+    assert tally.sent == int(asked_again)
+    assert answers[0][0].finish == finish  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"top_p": 0.5}, {"stop": ["x"]}, {"beam": Beam(width=2)}])
+async def test_another_way_of_sampling_never_reuses_an_answer(tmp_path: Path, change: dict) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        await ask(tmp_path, model, asks(model, questions(1)))
+        tally, _ = await ask(tmp_path, model, asks(model, questions(1), **change))
+    assert tally.sent == 1
+
+
+async def test_another_endpoint_or_model_never_reuses_an_answer(tmp_path: Path) -> None:
+    async with serving() as one, serving() as two:
+        for model in (model_at(one.url), model_at(two.url), model_at(one.url, model="other")):
+            tally, _ = await ask(tmp_path, model, asks(model, questions(1)))
+            assert tally.sent == 1
+
+
+def flaky(times: int, response: web.Response | dict) -> Script:
+    async def script(body: dict, before: int) -> web.StreamResponse | dict | None:
+        if before >= times:
+            return None
+        return (
+            response
+            if isinstance(response, dict)
+            else web.Response(status=response.status, text=response.text, headers=response.headers)
+        )
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("times", "response", "requests", "reason"),
+    [
+        (1, error(500, "oops"), 2, None),
+        (1, error(429, "slow down", **{"retry-after": "0.05"}), 2, None),
+        (5, error(429, "slow down", **{"retry-after-ms": "10"}), 6, None),  # waiting is not an attempt
+        (5, error(503, "busy", **{"retry-after": "0.01"}), 6, None),
+        (1, web.Response(text="{not json"), 2, None),
+        (9, web.Response(text="{not json"), 3, "bad_json"),
+        (9, {"choices": []}, 3, "missing_choice"),
+        (9, {"error": {"message": "overloaded", "code": 500}}, 3, "server_error"),
+        (9, error(400, "this model's maximum context length is 10 tokens"), 1, "context_overflow"),
+        (9, error(400, "blocked by content_filter"), 1, "refused_input"),
+        (9, error(400, "no such parameter"), 1, "bad_request"),
+        (9, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}, 2, "empty"),
+        (
+            9,
+            {"choices": [{"message": {"content": None, "reasoning": "hm"}, "finish_reason": "stop"}]},
+            1,
+            "reasoning_only",
+        ),
+        (9, {"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}, 1, "filtered_output"),
+    ],
+)
+async def test_every_fault_is_retried_or_set_aside_with_its_reason(
+    tmp_path: Path, times: int, response: web.Response | dict, requests: int, reason: str | None
+) -> None:
+    async with serving(flaky(times, response)) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(1)))
+    outcome = answers[0][0]
+    assert sum(server.seen.values()) == requests
+    assert (outcome.reason if isinstance(outcome, Failure) else None) == reason
+
+
+@pytest.mark.parametrize(
+    ("response", "raised"),
+    [
+        (error(401, "bad key"), AuthError),
+        (error(404, "no such model"), IdentityError),
+        (error(402, "pay"), BudgetError),
+        (error(429, "you exceeded your quota", "insufficient_quota"), BudgetError),
+    ],
+)
+async def test_what_will_not_get_better_stops_the_run(
+    tmp_path: Path, response: web.Response, raised: type[Exception]
+) -> None:
+    async with serving(flaky(99, response)) as server:
+        model = model_at(server.url, limits={"max_concurrency": 1})
+        with pytest.raises(raised):
+            await ask(tmp_path, model, asks(model, questions(30)))
+    assert sum(server.seen.values()) == 1
+
+
+async def test_an_endpoint_that_is_not_there_is_an_outage(tmp_path: Path) -> None:
+    model = model_at("http://127.0.0.1:9", limits={"max_attempts": 2})
+    with pytest.raises(OutageError, match=r"127\.0\.0\.1:9"):
+        await ask(tmp_path, model, asks(model, questions(2)))
+
+
+async def test_a_redirect_is_not_followed_and_the_key_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "canary-key")
+    async with serving() as other:
+
+        async def script(body: dict, before: int) -> web.Response:
+            return web.Response(status=307, headers={"Location": f"{other.url}/chat/completions"})
+
+        async with serving(script) as server:
+            model = model_at(server.url, api_key_env="TEST_KEY")
+            _, answers = await ask(tmp_path, model, asks(model, questions(1)))
+    assert isinstance(answers[0][0], Failure)
+    assert server.headers[0]["Authorization"] == "Bearer canary-key"
+    assert not other.headers
+    assert b"canary-key" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+
+
+def test_a_missing_key_variable_is_named() -> None:
+    with pytest.raises(AuthError, match="NO_SUCH_KEY"):
+        model_at("http://127.0.0.1:9/v1", api_key_env="NO_SUCH_KEY")
+
+
+# -- the wall --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [Budget(requests=7), Budget(tokens=300), Budget(usd=Decimal("0.0001"))])
+async def test_the_budget_is_never_passed(tmp_path: Path, budget: Budget) -> None:
+    async with serving() as server:
+        model = model_at(server.url, price={"input": 1, "output": 1})
+        requests = asks(model, questions(40), max_tokens=5)
+        for _ in range(3):  # a resumed run continues the same wall
+            with pytest.raises(BudgetError):
+                await ask(tmp_path, model, requests, budget)
+    spent = sum(server.seen.values())
+    assert spent > 0
+    assert budget.requests is None or spent <= budget.requests
+    assert budget.tokens is None or spent * 15 <= budget.tokens
+    assert budget.usd is None or spent * Decimal(15) / 1_000_000 <= budget.usd
+
+
+async def test_money_without_a_price_is_refused(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        with pytest.raises(RecipeError, match="price"):
+            await ask(tmp_path, model, asks(model, questions(1)), Budget(usd=Decimal(1)))
+    assert not server.seen
+
+
+# -- durability --------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from tests.test_ask import ask, asks, model_at, questions
+model = model_at(sys.argv[2])
+asyncio.run(ask(Path(sys.argv[1]), model, asks(model, questions(int(sys.argv[3])))))
+"""
+
+
+def start(folder: Path, server: Server, count: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), server.url, str(count)]
+    with (folder / "stderr").open("wb") as stderr:
+        return subprocess.Popen(command, stderr=stderr)
+
+
+async def test_kill_9_loses_no_stored_answer_and_pays_at_most_for_what_was_in_flight(tmp_path: Path) -> None:
+    count, kills = 120, 0
+    async with serving(delay_s=0.02) as server:
+        for _ in range(30):
+            child = start(tmp_path, server, count)
+            seen = sum(server.seen.values())
+            while child.poll() is None and sum(server.seen.values()) < seen + 25:
+                await asyncio.sleep(0.005)
+            if child.poll() is not None:
+                break
+            child.kill()
+            child.wait()
+            kills += 1
+        assert child.returncode == 0, (tmp_path / "stderr").read_text()
+    assert kills >= 3
+    assert len(server.seen) == count
+    assert sum(server.seen.values()) - count <= 8 * kills
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        # an intent may be committed and never sent: counted as possibly billed all the same
+        assert journal.spent("run").unknown >= sum(server.seen.values()) - count
+
+
+async def test_a_body_stored_but_not_read_is_filed_at_the_next_start(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        (request,) = asks(model, questions(1))
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            attempt = await journal.begin("run", request, "0", 10)
+            await journal.store(attempt, json.dumps(chat({"model": "m", "messages": request.messages})).encode())
+        tally, answers = await ask(tmp_path, model, [request])
+    assert (tally.sent, tally.reused) == (0, 1)
+    assert texts(answers) == [["answer 0 to question 0 (seed None)"]]
+
+
+async def test_a_second_process_is_refused_and_told_who_holds_the_journal(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.sqlite"):
+        async with serving() as server:
+            child = start(tmp_path, server, 1)
+            assert await asyncio.to_thread(child.wait, 60) != 0
+    told = (tmp_path / "stderr").read_text()
+    assert LockedError.__name__ in told
+    assert "process " in told

@@ -1,0 +1,166 @@
+"""Recipes: every problem at once, with file, line and nearest key; parents and overrides merge as documented."""
+
+from pathlib import Path
+
+import pytest
+
+from factory.check import check
+from factory.errors import RecipeError
+from factory.recipe import Recipe, find, load, shipped
+from factory.yamlfile import parse
+
+MINIMAL = """\
+name: small
+models:
+  teacher: {type: openai, model: m, base_url: "http://127.0.0.1:9/v1"}
+  base: {type: transformers, model: ./weights/none}
+prompts:
+  - {path: prompts/everyday.jsonl, held_out: 4}
+stages:
+  - generate: {model: teacher, n: 2}
+  - filter: [finished, {words: {min: 2}}]
+  - train: {method: sft, student: base}
+  - evaluate: {students: [base, student], teacher: teacher}
+"""
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(write(folder, text))
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).splitlines()]
+
+
+def test_a_recipe_is_typed(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path, MINIMAL))
+    assert recipe.stages[0].n == 2
+    assert [stage.kind for stage in recipe.stages] == ["generate", "filter", "train", "evaluate"]
+    assert recipe.stages[1].filters[1].min == 2
+    assert recipe.trained() == {"student": recipe.stages[2]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("n: 2", "nn: 2", "r.yaml:8: unknown key 'stages.0.generate.nn'; did you mean 'n'?"),
+        ("n: 2", "temprature: 1", "r.yaml:8: unknown key 'stages.0.generate.temprature'; did you mean 'temperature'?"),
+        ("min: 2", "mim: 2", "r.yaml:9: unknown key 'stages.1.filter.1.words.mim'; did you mean 'min'?"),
+        ("words", "wordz", "r.yaml:9: stages.1.filter.1: there is no 'wordz'; did you mean 'words'?"),
+        ("- filter", "- fitler", "r.yaml:9: stages.1: there is no 'fitler'; did you mean 'filter'?"),
+        ("type: openai", "type: opnai", "r.yaml:3: models.teacher: there is no 'opnai'; did you mean 'openai'?"),
+        ("held_out", "heldout", "r.yaml:6: unknown key 'prompts.0.heldout'; did you mean 'held_out'?"),
+        ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: budget, models, name, prompts, seed, stages"),
+        ("model: teacher", "model: techer", "r.yaml:8: there is no model 'techer'; did you mean 'teacher'?"),
+        ("[base, student]", "[base, studend]", "r.yaml:11: there is no model 'studend'; did you mean 'student'?"),
+        ("n: 2", "n: two", "r.yaml:8: stages.0.generate.n: Input should be a valid integer"),
+        ("n: 2", "n: 2, beam: {width: 4}", "r.yaml:8: stages.0.generate: beam search draws nothing at random: remove n"),
+        ("n: 2", "from: nowhere", "r.yaml:8: there is no prompt list or earlier stage 'nowhere'"),
+        ("base_url: \"http", "base_url: \"ftp", "r.yaml:3: models.teacher.base_url: base_url must look like https://host/v1"),
+        ("model: m,", "model: m, api_key: sk-123,", "r.yaml:3: unknown key 'models.teacher.api_key'; did you mean 'api_key_env'?"),
+        ("method: sft, student: base", "method: sft, student: base, args: {max_seq_length: 5}", "max_length"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path, old: str, new: str, told: str) -> None:
+    assert old in MINIMAL
+    assert any(told in line for line in problems(tmp_path, MINIMAL.replace(old, new)))
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    text = MINIMAL.replace("n: 2", "nn: 2").replace("min: 2", "mim: 2").replace("heldout", "x").replace("type: openai", "type: x")
+    assert len(problems(tmp_path, text)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nname: b\n", "r.yaml:2: the key 'name' appears twice"),
+        ("name: [a\nprompts: x", "r.yaml:2: not YAML"),
+        ("name: !!python/object/apply:os.system [x]", "r.yaml:1: the tag"),
+        ("- a", "r.yaml:1: a recipe is a map"),
+        ("a: &a [x]\nb: &b [*a, *a]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n" for p, c in zip("bcdefgh", "cdefghi", strict=True)), "aliases expand"),
+    ],
+)  # fmt: skip
+def test_broken_yaml_is_refused_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+    assert told in problems(tmp_path, text)[0]
+
+
+def test_a_recipe_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"name: a\nprompts: \xff\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:2: not UTF-8"):
+        load(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("5.0e-5", 5e-5), ("no", "no"), ("on", "on"), ("0x1F", "0x1F"), ("012", 12), ("~", None), ("'3'", "3"), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"), ("true", True)],
+)  # fmt: skip
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    assert parse(text, "t")[0] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "check_"),
+    [
+        ("stages.0.generate.n=4", lambda r: r.stages[0].n == 4),
+        ("seed=3", lambda r: r.seed == 3),
+        ("models.teacher={type: transformers, model: x/y}", lambda r: r.models["teacher"].type == "transformers"),
+        ("stages.1.filter.1.words.max=9", lambda r: (r.stages[1].filters[1].min, r.stages[1].filters[1].max) == (2, 9)),
+        ("budget={requests: 5}", lambda r: r.budget.requests == 5),
+        ("prompts.0.take=7", lambda r: (r.prompts[0].take, r.prompts[0].held_out) == (7, 4)),
+    ],
+)  # fmt: skip
+def test_set_changes_one_value(tmp_path: Path, override: str, check_: object) -> None:
+    assert check_(load(write(tmp_path, MINIMAL), [override]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("override", ["nonsense", "stages.9.generate.n=1", "name.x=1", "stages.0.generate.nn=1"])
+def test_a_bad_set_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"--set|unknown key"):
+        load(write(tmp_path, MINIMAL), [override])
+
+
+def test_extends_merges_maps_and_replaces_lists_and_models(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "budget: {requests: 5, tokens: 9}\n", "parent.yaml")
+    child = write(
+        tmp_path,
+        "extends: parent.yaml\nname: child\nbudget: {requests: 6}\n"
+        "models:\n  teacher: {type: transformers, model: a/b}\nprompts:\n  - {path: x.txt}\n",
+    )
+    recipe = load(child)
+    assert (recipe.name, recipe.budget.requests, recipe.budget.tokens) == ("child", 6, 9)
+    assert recipe.models["teacher"].type == "transformers"
+    assert recipe.models["base"].model == "./weights/none"
+    assert [p.path for p in recipe.prompts] == ["x.txt"]
+    assert len(recipe.stages) == 4
+
+
+def test_a_mistake_in_a_parent_names_the_parent(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL.replace("n: 2", "nn: 2"), "parent.yaml")
+    assert problems(tmp_path, "extends: parent.yaml\nname: child\n")[0].startswith("parent.yaml:8:")
+
+
+def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: r.yaml\n", "a.yaml")
+    assert "circle" in problems(tmp_path, "extends: a.yaml\n")[0]
+
+
+RECIPES = sorted((shipped() / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_passes_check(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no weights, no keys, not even the repository's own folder
+    recipe = load(path)
+    assert isinstance(recipe, Recipe)
+    told = check(recipe)
+    assert all("prompts:" not in line for line in told), told
+
+
+def test_the_four_recipes_ship() -> None:
+    assert {"quickstart", "seqkd", "orca", "zephyr"} <= {path.stem for path in RECIPES}
+    assert find("prompts/everyday.jsonl").exists()

@@ -1,0 +1,183 @@
+"""Stage `train`: a trainer in a process of its own, so that memory is surely free before it and given back after it.
+
+What a recipe says under `args` are TRL's names, unchanged, checked against the TRL that is installed by reading its
+source: importing it would cost ten seconds and a gigabyte before the first mistake is told.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from factory.errors import EngineError, RecipeError
+from factory.knobs import Knobs
+from factory.teachers.transformers import child_environment
+from factory.weights import Weights
+
+OURS = {"output_dir"}
+"""Arguments that the factory sets itself."""
+
+RENAMED = {
+    "max_seq_length": "max_length",
+    "max_prompt_length": "max_length (it covers prompt and completion)",
+    "max_completion_length": "max_length (it covers prompt and completion)",
+    "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "no_cuda": "use_cpu",
+    "tokenizer": "nothing: the student brings its own",
+    "overwrite_output_dir": "nothing: it is gone",
+    "save_safetensors": "nothing: weights are always saved so",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
+REFUSED = 3
+"""Exit code of the child when the preflight refuses the rows."""
+
+
+class Lora(Knobs):
+    """LoRA on all linear layers; the trained adapter is merged into the student."""
+
+    r: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class Train(Knobs):
+    """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's."""
+
+    kind: Literal["train"] = "train"
+    method: Literal["sft", "dpo"]
+    student: str
+    as_: str = Field("student", alias="as")
+    from_: str | list[str] | None = Field(None, alias="from")
+    args: dict[str, Any] = {}
+    lora: Lora | None = None
+
+
+def check_args(method: str, args: dict[str, Any]) -> list[str]:
+    """What is wrong with the names under `args`; nothing can be told where TRL is not installed."""
+    known = _fields("DPOConfig" if method == "dpo" else "SFTConfig")
+    problems = []
+    for name in args:
+        if name in OURS:
+            problems.append(f"args.{name} is set by the factory; remove it")
+        elif known and name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+            use = RENAMED.get(name) or (near[0] if near else None)
+            problems.append(f"args.{name} is not an argument of TRL's {method} trainer" + (f"; use {use}" if use else ""))
+    return problems
+
+
+@lru_cache(maxsize=4)
+def _fields(config: str) -> frozenset[str]:
+    """Field names of a TRL config class and its parents, read from the source."""
+    trl, transformers = importlib.util.find_spec("trl"), importlib.util.find_spec("transformers")
+    if trl is None or transformers is None or not trl.origin or not transformers.origin:
+        return frozenset()
+    trainers, base = Path(trl.origin).parent / "trainer", Path(transformers.origin).parent
+    files = [trainers / f"{config.removesuffix('Config').lower()}_config.py", trainers / "base_config.py", base / "training_args.py"]
+    wanted = {config, "_BaseConfig", "TrainingArguments"}
+    names: set[str] = set()
+    for file in files:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in wanted:
+                fields = (n.target for n in node.body if isinstance(n, ast.AnnAssign))
+                names |= {target.id for target in fields if isinstance(target, ast.Name)}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def train(
+    knobs: Train, *, weights_entry: Weights, rows: Path, out: Path, cache: Path, seed: int,
+    on_progress: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Train on a JSONL file of `TrainRow` (sft) or `Pair` (dpo); `out/model` is the student. Returns `training.json`.
+
+    Raises RecipeError when the preflight refuses the rows, EngineError when training fails.
+    """
+    weights = {name: getattr(weights_entry, name) for name in Weights.model_fields}
+    job = {
+        "method": knobs.method, "weights": weights, "cache": str(cache.resolve()), "rows": str(rows.resolve()),
+        "out": str(out.resolve()), "args": knobs.args, "seed": seed,
+        "lora": knobs.lora.model_dump() if knobs.lora else None,
+    }  # fmt: skip
+    (out / "job.json").write_text(json.dumps(job, indent=2))
+    log = out / "train.log"
+    with log.open("wb") as stderr:
+        child = subprocess.Popen(
+            [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            env=child_environment() | _trackers(),
+        )  # fmt: skip
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith(b"{"):
+                on_progress(json.loads(line))
+        code = child.wait()
+        assert child.stdin is not None
+        child.stdin.close()
+        child.stdout.close()
+    if code == REFUSED:
+        raise RecipeError(f"train {knobs.as_}: " + (out / "refused.txt").read_text())
+    if code != 0:
+        raise EngineError(f"train {knobs.as_}: the trainer ended with exit {code}: {_last_words(log)}")
+    told: dict[str, Any] = json.loads((out / "training.json").read_text())
+    return told
+
+
+def _launcher() -> list[str]:
+    """One process; through `accelerate launch` where several GPUs are visible (not testable without them)."""
+    gpus = _gpus()
+    if gpus > 1:
+        return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(gpus), "-m", "factory.trainers.job"]
+    return [sys.executable, "-m", "factory.trainers.job"]
+
+
+def _gpus() -> int:
+    """GPUs that a child would see, without loading torch here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def _trackers() -> dict[str, str]:
+    """Settings of experiment trackers: `report_to` passes through, and only reports where the recipe says so."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("WANDB_", "TRACKIO_", "MLFLOW_", "ACCELERATE_"))}
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or "it printed nothing"
+
+
+def die_with_parent() -> None:
+    """For the child: end as soon as the parent has, whatever is being computed."""
+    import ctypes
+    import signal
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def listen() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would still be held when Python ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()

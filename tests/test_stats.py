@@ -1,0 +1,92 @@
+"""Intervals: against published values, and by whether they cover the truth as often as they say."""
+
+import random
+import time
+
+import pytest
+
+from factory import stats
+
+# Newcombe 1998, Statistics in Medicine 17, table I, method 3
+WILSON = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)}
+
+
+@pytest.mark.parametrize(("counts", "interval"), WILSON.items())
+def test_wilson_is_the_published_one(counts: tuple[int, int], interval: tuple[float, float]) -> None:
+    assert stats.wilson(*counts) == pytest.approx(interval, abs=5e-5)
+
+
+def test_wilson_at_the_ends() -> None:
+    assert stats.wilson(0, 0) == (0, 1)
+    assert stats.wilson(0, 7)[0] == 0
+    assert stats.wilson(7, 7)[1] == 1
+    with pytest.raises(ValueError, match="8 successes in 7"):
+        stats.wilson(8, 7)
+
+
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
+def test_intervals_of_a_mean_cover_it_as_often_as_they_say() -> None:
+    hits = []
+    for i in range(300):
+        draw = random.Random(i)
+        low, high = stats.bootstrap_mean([draw.gauss(5, 2) for _ in range(40)], seed=i)
+        hits.append(low <= 5 <= high)
+    assert 0.91 <= share(hits) <= 0.98
+
+
+def clustered(draw: random.Random) -> tuple[list[float], list[float], list[str]]:
+    """40 prompts, 3 answers each; the effect (true mean 1) differs by prompt, so that answers of one prompt agree."""
+    a, b, clusters = [], [], []
+    for prompt in range(40):
+        effect, level = draw.gauss(1, 1), draw.gauss(4, 1)
+        for _ in range(3):
+            a.append(level + effect + draw.gauss(0, 0.3))
+            b.append(level + draw.gauss(0, 0.3))
+            clusters.append(str(prompt))
+    return a, b, clusters
+
+
+def test_paired_intervals_cover_the_truth_and_would_not_without_clusters() -> None:
+    covers: dict[str, list[bool]] = {"difference": [], "ratio": [], "no clusters": []}
+    for i in range(300):
+        a, b, clusters = clustered(random.Random(i))
+        alone = [str(k) for k in range(len(a))]
+        _, low, high = stats.paired_bootstrap_difference(a, b, i, clusters)
+        covers["difference"].append(low <= 1 <= high)
+        ratio = stats.paired_bootstrap_ratio(a, b, i, clusters)
+        assert ratio is not None
+        covers["ratio"].append(ratio[1] <= 1.25 <= ratio[2])
+        if i < 100:
+            _, low, high = stats.paired_bootstrap_difference(a, b, i, alone)
+            covers["no clusters"].append(low <= 1 <= high)
+    assert 0.91 <= share(covers["difference"]) <= 0.98
+    assert 0.91 <= share(covers["ratio"]) <= 0.98
+    assert share(covers["no clusters"]) < 0.85
+
+
+def test_paired_values_are_those_of_the_data() -> None:
+    a, b, clusters = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], list("wxyz")
+    value, low, high = stats.paired_bootstrap_difference(a, b, 1, clusters)
+    assert (value, low <= value <= high) == (0.5, True)
+    assert stats.paired_bootstrap_difference(a, b, 1, clusters) == (value, low, high)  # the seed alone decides
+    assert stats.paired_bootstrap_difference(a, a, 1, clusters) == (
+        0,
+        0,
+        0,
+    )  # paired: the same answers differ by nothing
+    ratio = stats.paired_bootstrap_ratio(a, b, 1, clusters)
+    assert ratio is not None
+    assert ratio[0] == 3
+    assert ratio[2] == float("inf")  # many resamples hold no success of b: no upper bound
+    assert stats.paired_bootstrap_ratio(a, [0.0] * 4, 1, clusters) is None
+
+
+def test_two_thousand_values_take_less_than_three_seconds() -> None:
+    draw = random.Random(0)
+    a, b = ([draw.random() for _ in range(2000)] for _ in range(2))
+    started = time.process_time()
+    stats.paired_bootstrap_difference(a, b, 0, [str(i) for i in range(2000)])
+    assert time.process_time() - started < 3

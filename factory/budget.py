@@ -49,7 +49,7 @@ class Wall:
         """Hold the worst case of `request`; BudgetError when it does not fit under the wall."""
         if self.budget.usd is not None and entry.billed and entry.price is None:
             raise RecipeError(
-                f"budget.usd is set, but models.{model} has no price: give price: {{input, output}} (0 is a price)"
+                f"budget.usd is set, but models.{model} has no price; give price: {{input, output}} (0 is one)"
             )
         hold = Hold(request, entry.price)
         b = self.budget

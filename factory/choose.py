@@ -52,7 +52,9 @@ def _among(knobs: Choose, samples: list[Sample]) -> Iterator[Sample]:
     values = [_value(knobs.by, sample) for sample in samples]
     known = [i for i, value in enumerate(values) if value is not None]
     # ties: the teacher's own preference, then the order of draws; nothing random
-    ranked = sorted(known, key=lambda i: (-(values[i] or 0.0), -(samples[i].logprob or -math.inf), i)) if knobs.by else known
+    ranked = (
+        sorted(known, key=lambda i: (-(values[i] or 0.0), -(samples[i].logprob or -math.inf), i)) if knobs.by else known
+    )
     chosen = set(ranked[:count])
     for i, (sample, value) in enumerate(zip(samples, values, strict=True)):
         if value is None:

@@ -20,7 +20,6 @@ from factory.models import Models
 from factory.progress import bar
 from factory.rows import Prompt, Sample, Sampling
 from factory.teachers.transformers import TransformersTeacher
-from factory.train import Train
 
 VERSION = 1
 MAX_SHOWN = 40
@@ -93,15 +92,14 @@ async def evaluate(
     examiner: Examiner, filters: list[RowFilter], view: Asker, taught: Generate | None, teacher_asker: Asker | None
 ) -> tuple[dict[str, Any], list[Sample]]:
     """`evaluation.json` and every answer with its verdict; `view` is how students see a prompt."""
-    knobs, recipe = examiner.knobs, examiner.models.recipe
+    knobs = examiner.knobs
     scored: list[Scored] = []
     if knobs.teacher is not None:
         answers = await examiner.answers(knobs.teacher, teacher_asker or view, taught)
         scored.append(Scored(knobs.teacher, "teacher", answers, filters, knobs.reference))
-    trained = {stage.as_ for stage in recipe.stages if isinstance(stage, Train)}
     for name in knobs.students:
         answers = await examiner.answers(name, view, taught)
-        role = "student" if name in trained else "base"
+        role = "student" if name in examiner.models.trained else "base"
         scored.append(Scored(name, role, answers, filters, knobs.reference))
         if knobs.teacher is not None:
             scored[-1].add_losses(await examiner.losses(name, view, scored[0].judged))

@@ -6,25 +6,26 @@ from pathlib import Path
 
 from factory.ask import Model
 from factory.errors import RecipeError
-from factory.recipe import Recipe
 from factory.teachers import ModelEntry
 from factory.teachers.reference import Reference
 from factory.teachers.transformers import Transformers
-from factory.train import Train
 from factory.weights import Weights, materialise_in_child
 
 
 class Models:
     """Resolves a name to its entry, its identity, or to a `Model` that can be asked."""
 
-    def __init__(self, recipe: Recipe, runs: Path) -> None:
-        self.recipe, self.runs = recipe, runs
-        self._entries: dict[str, ModelEntry] = dict(recipe.models)
+    def __init__(self, entries: dict[str, ModelEntry], first_student: str | None, runs: Path) -> None:
+        self.runs = runs
+        self.trained: set[str] = set()
+        self._entries = dict(entries)
+        self._first_student = first_student
         self._identities: dict[str, str] = {}
 
     def add_student(self, name: str, folder: Path) -> None:
         """A student that a training step has made; it answers through `transformers`."""
         self._entries[name] = Transformers(model=str(folder))
+        self.trained.add(name)
         self._identities.pop(name, None)
 
     def entry(self, name: str) -> ModelEntry:
@@ -44,17 +45,16 @@ class Models:
         entry = self.entry(name)
         if isinstance(entry, Reference):
             raise RecipeError(f"models.{name}: ground truth can be used by `generate` only")
-        return Model(name, entry, self.identity(name), entry.open(self.runs, self.recipe.seed))
+        return Model(name, entry, self.identity(name), entry.open(self.runs))
 
     # -- what filters may need (the `Kit` of filters) ------------------------------------------------------------------
 
     @property
     def default_student(self) -> str:
         """The first student's starting point: its tokenizer is the one whose tokens count."""
-        trains = [stage for stage in self.recipe.stages if isinstance(stage, Train)]
-        if not trains:
+        if self._first_student is None:
             raise RecipeError("filter tokens: the recipe trains no student; name a model with `model:`")
-        return trains[0].student
+        return self._first_student
 
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         """Text -> number of tokens, by the tokenizer of a local model; needs the `train` extra."""

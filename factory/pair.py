@@ -65,7 +65,9 @@ def _score(knobs: PairUp, sample: Sample) -> float | None:
     if knobs.score is not None:
         return sample.scores.get(knobs.score)
     if len(sample.scores) > 1:
-        raise ValueError(f"samples have several scores ({', '.join(sample.scores)}): name one with pair: {{score: ...}}")
+        raise ValueError(
+            f"samples have several scores ({', '.join(sample.scores)}): name one with pair: {{score: ...}}"
+        )
     return next(iter(sample.scores.values()), None)
 
 

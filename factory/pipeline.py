@@ -40,6 +40,7 @@ from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
 from factory.teachers.reference import Reference
 from factory.train import Train, train
+from factory.weights import Weights
 
 VERSIONS = {
     "prompts": 1, "generate": 1, "given": 1, "filter": 1, "judge": 1, "choose": 1, "shape": 1, "pair": 1, "train": 1, "evaluate": 1,
@@ -74,7 +75,8 @@ class Work:
         self.recipe, self.runs, self.journal = recipe, runs, journal
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
-        self.models = Models(recipe, runs)
+        students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
+        self.models = Models(recipe.models, next(iter(students), None), runs)
         self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name)
 
     def begin(self) -> None:
@@ -210,7 +212,7 @@ class Work:
         """Ask each model in turn (one local model at a time fits in memory), then collect in prompt order."""
         prompts = list(self._prompts(step))
         asker, planned = self.asker(knobs), len(prompts) * knobs.draws * len(knobs.models)
-        collected: list[Iterator[Iterator[Sample]]] = []
+        collected: list[Iterator[Iterable[Sample]]] = []
         tallies = []
         for name in knobs.models:
             entry = self.models.entry(name)
@@ -311,10 +313,11 @@ class Work:
 
     def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
         """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""
-        evaluated = [step for step in steps if isinstance(step.knobs, Evaluate) and step.knobs.teacher]
+        evaluated = [(s.number, s.knobs.teacher) for s in steps if isinstance(s.knobs, Evaluate) and s.knobs.teacher]
         filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
         if evaluated:
-            answers = (s for s in self.made[evaluated[0].number].rows(Sample) if s.model == evaluated[0].knobs.teacher)
+            number, teacher = evaluated[0]
+            answers = (s for s in self.made[number].rows(Sample) if s.model == teacher)
         else:
             held_out = chain.from_iterable(self.prompts.test(prompt_set.title) for prompt_set in self.recipe.prompts)
             answers = (s for s in given(held_out) if accepts(filters, s) is None)

@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pydantic
 from pydantic import Field
@@ -30,7 +30,7 @@ from factory.train import Train, check_args
 from factory.weights import Weights, is_path
 from factory.yamlfile import Path_, Place
 
-Stage = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
+Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
 StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"

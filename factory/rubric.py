@@ -45,7 +45,9 @@ def load(path: Path) -> Rubric:
     text = path.read_text(encoding="utf-8")
     parts = _HEAD.fullmatch(text)
     if parts is None:
-        raise RecipeError(f"{path}:1: a rubric starts with a head between two lines of ---: name, scale, origin, licence")
+        raise RecipeError(
+            f"{path}:1: a rubric starts with a head between two lines of ---: name, scale, origin, licence"
+        )
     head, _ = yamlfile.parse(parts[1], str(path))
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     try:

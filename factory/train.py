@@ -78,7 +78,9 @@ def check_args(method: str, args: dict[str, Any]) -> list[str]:
         elif known and name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
             use = RENAMED.get(name) or (near[0] if near else None)
-            problems.append(f"args.{name} is not an argument of TRL's {method} trainer" + (f"; use {use}" if use else ""))
+            problems.append(
+                f"args.{name} is not an argument of TRL's {method} trainer" + (f"; use {use}" if use else "")
+            )
     return problems
 
 
@@ -89,7 +91,11 @@ def _fields(config: str) -> frozenset[str]:
     if trl is None or transformers is None or not trl.origin or not transformers.origin:
         return frozenset()
     trainers, base = Path(trl.origin).parent / "trainer", Path(transformers.origin).parent
-    files = [trainers / f"{config.removesuffix('Config').lower()}_config.py", trainers / "base_config.py", base / "training_args.py"]
+    files = [
+        trainers / f"{config.removesuffix('Config').lower()}_config.py",
+        trainers / "base_config.py",
+        base / "training_args.py",
+    ]
     wanted = {config, "_BaseConfig", "TrainingArguments"}
     names: set[str] = set()
     for file in files:
@@ -141,7 +147,15 @@ def _launcher() -> list[str]:
     """One process; through `accelerate launch` where several GPUs are visible (not testable without them)."""
     gpus = _gpus()
     if gpus > 1:
-        return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(gpus), "-m", "factory.trainers.job"]
+        return [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            str(gpus),
+            "-m",
+            "factory.trainers.job",
+        ]
     return [sys.executable, "-m", "factory.trainers.job"]
 
 

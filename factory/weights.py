@@ -48,7 +48,9 @@ def located(weights: Weights) -> Path:
     """The folder or file of a local model; RecipeError where there is none."""
     path = Path(weights.model).expanduser()
     if not path.exists():
-        raise RecipeError(f"there are no weights at {weights.model!r}; put a model folder or a .gguf file there (`make weights` fetches a small one)")
+        raise RecipeError(
+            f"there are no weights at {weights.model!r}; put a model folder or a .gguf file there (`make weights` fetches a small one)"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{weights.model!r} is not a model folder: it has no config.json")
     return path
@@ -83,7 +85,9 @@ def _file_hash(file: Path, cache: Path) -> str:
 
 def _cached_commit(weights: Weights) -> str | None:
     """The commit that the local hub cache holds for a model's revision."""
-    home = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub").expanduser()
+    home = Path(
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    ).expanduser()
     ref = home / f"models--{weights.model.replace('/', '--')}" / "refs" / (weights.revision or "main")
     return ref.read_text().strip() if ref.is_file() else None
 
@@ -120,11 +124,15 @@ def _snapshot(weights: Weights) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise RecipeError("a hub model needs the training packages: pip install 'distillation-factory[train]'") from None
+        raise RecipeError(
+            "a hub model needs the training packages: pip install 'distillation-factory[train]'"
+        ) from None
     try:
         found: str = snapshot_download(weights.model, revision=weights.revision, allow_patterns=list(CONTENT))
     except Exception as e:  # the hub's errors have no common root
-        raise RecipeError(f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; give a local folder, or check the name and the network") from None
+        raise RecipeError(
+            f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; give a local folder, or check the name and the network"
+        ) from None
     return Path(found)
 
 

@@ -71,7 +71,7 @@ class _Builder:
         if not str(node.tag).startswith("tag:yaml.org,2002:") or ":python" in node.tag:
             raise RecipeError(f"{self.name}:{line}: the tag {node.tag!r} is not allowed; write plain values")
         if isinstance(node, yaml.ScalarNode):
-            return _scalar(node.value) if node.style is None else node.value
+            return node.value if node.style else _scalar(node.value)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
         data: dict[str, Any] = {}

@@ -6,7 +6,11 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = ["The sky is blue and the grass is green.", "What is the colour of thing number 12?", "Because: it is warm.\nAnswer: yes"]
+TEXT = [
+    "The sky is blue and the grass is green.",
+    "What is the colour of thing number 12?",
+    "Because: it is warm.\nAnswer: yes",
+]
 
 
 def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400) -> Path:
@@ -20,7 +24,9 @@ def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(TEXT, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE

@@ -9,7 +9,7 @@ A filter is a small record of its thresholds with one method, and comes in three
 To add one: a class in a file here, its name in the union `Filter` below, and a table of rows in `tests/test_filters.py`.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
 from factory.filters.reference import MatchesReference
@@ -17,7 +17,7 @@ from factory.filters.rules import Finished, Format, NoRefusal, Repetition, Token
 from factory.filters.shapes import GroupFilter, Kit, RowFilter, SetFilter
 from factory.knobs import one_key
 
-Filter = (
+Filter: TypeAlias = (
     Finished | Words | Tokens | NoRefusal | Repetition | Format | MatchesReference | ExactDuplicates | NearDuplicates
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)

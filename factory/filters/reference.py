@@ -22,7 +22,9 @@ from factory.rows import Sample, Verdict
 
 TOLERANCE = 1e-6
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»…–—")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?\s*%?")
+_NUMBER = re.compile(
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?\s*%?"
+)
 _CHOICES = (
     re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*\**\(?([A-Za-z])\)?(?![A-Za-z])", re.IGNORECASE),
     re.compile(r"^\s*\**\(?([A-Za-z])\**[).:](?:\s|$|\*)", re.MULTILINE),

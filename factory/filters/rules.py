@@ -163,4 +163,6 @@ class Format(RowFilter):
         if len(sample.response) > FORMAT_LIMIT:
             return Verdict(filter=self.kind, keep=None, reason=f"too_long_for_format={len(sample.response)}")
         match = re.fullmatch if self.full else re.search
-        return self.keep() if match(self.pattern, sample.response) else self.drop("format", evidence=sample.response[:100])
+        return (
+            self.keep() if match(self.pattern, sample.response) else self.drop("format", evidence=sample.response[:100])
+        )

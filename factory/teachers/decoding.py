@@ -63,9 +63,11 @@ def penalise(logits: Any, sampling: Sampling, prompt: list[int], answer: list[in
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *answer}), device=logits.device)
         values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+        logits[seen] = torch.where(
+            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+        )
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
-        used, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
+        used, counts = torch.unique(torch.tensor(answer, device=logits.device), return_counts=True)
         logits[used] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
@@ -94,7 +96,9 @@ class BeamSearch:
         """One token further; returns parents and tokens of the live beams, none when the search has ended."""
         import torch
 
-        sums = torch.tensor([total for _, total in self.live], dtype=torch.float64).unsqueeze(1) + logprobs.double().cpu()
+        sums = (
+            torch.tensor([total for _, total in self.live], dtype=torch.float64).unsqueeze(1) + logprobs.double().cpu()
+        )
         count = min(2 * self.width, sums.numel())
         best = sums.flatten().topk(count)
         grown: list[tuple[list[int], float]] = []

@@ -57,7 +57,7 @@ class OpenAI(Entry):
             )
         return key
 
-    def open(self, runs: Path, seed: int = 0) -> "OpenAITeacher":
+    def open(self, runs: Path) -> "OpenAITeacher":
         return OpenAITeacher(self.model, self.base_url, self.key(), self.limits.timeout_s, self.limits.max_concurrency)
 
 

@@ -32,7 +32,7 @@ class Replay(Entry):
             return "replay:" + hashlib.file_digest(path.open("rb"), "blake2b").hexdigest()[:32]
         return f"replay:{self.model or 'journal'}"
 
-    def open(self, runs: Path, seed: int = 0) -> "ReplayTeacher":
+    def open(self, runs: Path) -> "ReplayTeacher":
         path = Path(self.path)
         answers = _from_jsonl(path) if path.suffix == ".jsonl" else _from_journal(path, self.model)
         return ReplayTeacher(answers, self.path)

@@ -37,7 +37,7 @@ class Transformers(Weights, Entry):
     def identity(self, runs: Path) -> str:
         return f"weights:{fingerprint(self, runs / 'weights')}"
 
-    def open(self, runs: Path, seed: int = 0) -> "TransformersTeacher":
+    def open(self, runs: Path) -> "TransformersTeacher":
         if is_path(self.model):
             located(self)
         return TransformersTeacher(self, runs / "weights")
@@ -104,7 +104,9 @@ class TransformersTeacher:
 
     async def _start(self) -> None:
         if self._starts == MAX_STARTS:
-            raise EngineError(f"the local model {self.entry.model} died {MAX_STARTS} times; last words: {self._last_words()}")
+            raise EngineError(
+                f"the local model {self.entry.model} died {MAX_STARTS} times; last words: {self._last_words()}"
+            )
         self._starts += 1
         weights = {name: getattr(self.entry, name) for name in Weights.model_fields}
         settings = {
@@ -157,4 +159,8 @@ class _Line(msgspec.Struct):
 
 def child_environment() -> dict[str, str]:
     """What a local model may know of our environment: never a key."""
-    return {k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES) and not k.endswith("TOKEN")}
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES) and not k.endswith("TOKEN")
+    }

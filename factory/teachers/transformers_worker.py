@@ -34,7 +34,9 @@ MIN_SHARED = 16
 PREFILL_TOKENS = 4096
 
 
-def grouped_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any) -> Any:
+def grouped_attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
+) -> Any:
     """Scaled dot product with grouped queries. For one new token the group stands in the place of the sequence, so that
     keys and values need not be copied once per query head (transformers' own way, and most of a CPU step's time)."""
     rows, heads, length, size = query.shape
@@ -104,7 +106,9 @@ class Engine:
     def __init__(self, folder: Path, name: str, batch_size: int, device: str | None, dtype: str) -> None:
         self.name, self.batch_size = name, batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
+        chosen = {"auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32}.get(dtype) or getattr(
+            torch, dtype
+        )
         AttentionInterface.register("grouped", grouped_attention)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, attn_implementation="grouped")
@@ -161,7 +165,9 @@ class Engine:
         positions = torch.tensor(
             [[0] * pad + list(range(len(shared), len(shared) + longest - pad)) for pad in pads], device=self.device
         )
-        mask = torch.tensor([[True] * len(shared) + [False] * pad + [True] * (longest - pad) for pad in pads], device=self.device)
+        mask = torch.tensor(
+            [[True] * len(shared) + [False] * pad + [True] * (longest - pad) for pad in pads], device=self.device
+        )
         fresh = Columns(self.layers)
         fresh.used = len(shared)
         for i in range(self.layers if shared else 0):
@@ -205,7 +211,8 @@ class Engine:
                 shape = a[layer].shape
                 both = a[layer].new_zeros(len(old) + len(new), shape[1], width + 64, shape[3])
                 for row, (source, i, where) in enumerate(
-                    [(a[layer], i, where) for i, where in enumerate(old)] + [(b[layer], i, where) for i, where in enumerate(new)]
+                    [(a[layer], i, where) for i, where in enumerate(old)]
+                    + [(b[layer], i, where) for i, where in enumerate(new)]
                 ):
                     both[row, :, width - len(where) : width] = source[i][:, where]
                 out[layer] = both
@@ -243,7 +250,11 @@ class Engine:
         for i, line in drawn:
             if _penalised(line):
                 penalise(logits[i], line.request.sampling, line.prompt, line.answer)
-        picked = iter(pick(logits[[i for i, _ in drawn]], [(line.request.sampling, line.random) for _, line in drawn]) if drawn else [])
+        picked = iter(
+            pick(logits[[i for i, _ in drawn]], [(line.request.sampling, line.random) for _, line in drawn])
+            if drawn
+            else []
+        )
         searches: set[int] = set()
         for i, line in enumerate(self.rows[first:]):
             if line.search is None:
@@ -291,7 +302,10 @@ class Engine:
         choices = []
         for best in line.search.best(line.search.width):
             text = self.tokenizer.decode(best.tokens, skip_special_tokens=True)
-            choices.append(_choice(text, best.finish, best.logprob, len(best.tokens) + (best.finish == "stop")) | {"score": best.score})
+            choices.append(
+                _choice(text, best.finish, best.logprob, len(best.tokens) + (best.finish == "stop"))
+                | {"score": best.score}
+            )
         self._answer(line, choices)
 
     def _answer(self, line: Line, choices: list[dict[str, Any]]) -> None:

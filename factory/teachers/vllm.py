@@ -48,7 +48,7 @@ class Vllm(Weights, Entry):
     def identity(self, runs: Path) -> str:
         return f"weights:{fingerprint(self, runs / 'weights')}"
 
-    def open(self, runs: Path, seed: int = 0) -> "VllmTeacher":
+    def open(self, runs: Path) -> "VllmTeacher":
         return VllmTeacher(self)
 
 
@@ -91,7 +91,9 @@ class VllmTeacher:
     async def _connect(self) -> OpenAITeacher:
         limits = self.entry.limits
         if self.entry.base_url is not None:
-            return OpenAITeacher(self.entry.model, self.entry.base_url, None, limits.timeout_s, self.concurrency, vllm=True)
+            return OpenAITeacher(
+                self.entry.model, self.entry.base_url, None, limits.timeout_s, self.concurrency, vllm=True
+            )
         port = _free_port()
         await self._start(port)
         url = f"http://127.0.0.1:{port}"
@@ -119,7 +121,9 @@ class VllmTeacher:
                 *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=self._log, stderr=self._log
             )
         except OSError as e:
-            raise EngineError(f"cannot start vLLM with {python}: {e.strerror}; set `python:` to the interpreter of its environment") from None
+            raise EngineError(
+                f"cannot start vLLM with {python}: {e.strerror}; set `python:` to the interpreter of its environment"
+            ) from None
 
     async def _until_healthy(self, url: str) -> None:
         server = self._server

@@ -15,7 +15,15 @@ from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
 
 TRAINERS = {"sft": sft, "dpo": dpo}
-LOGGED = ("loss", "learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+LOGGED = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+)
 
 
 def main() -> int:
@@ -51,12 +59,16 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     log: list[dict[str, Any]] = []
     trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), _callback(told, log))
     if len(trainer.train_dataset) != len(kept) and not args.get("packing"):
-        raise Refused(f"{len(kept)} rows were to train, but TRL kept {len(trainer.train_dataset)}; raise args.max_length")
+        raise Refused(
+            f"{len(kept)} rows were to train, but TRL kept {len(trainer.train_dataset)}; raise args.max_length"
+        )
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
     _save(trainer, tokenizer, out, lora=job["lora"] is not None)
-    tokens = int(trainer.state.num_input_tokens_seen) or sum(entry.get("num_tokens", 0) for entry in trainer.state.log_history[-2:-1])
+    tokens = int(trainer.state.num_input_tokens_seen) or sum(
+        entry.get("num_tokens", 0) for entry in trainer.state.log_history[-2:-1]
+    )
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
         "rows_set_aside": {"over_length": len(aside)} if aside else {}, "tokens": int(tokens),
@@ -80,7 +92,11 @@ def _peft(lora: dict[str, Any] | None) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=lora["target_modules"], task_type="CAUSAL_LM"
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["target_modules"],
+        task_type="CAUSAL_LM",
     )
 
 

@@ -19,7 +19,9 @@ class Tokens(NamedTuple):
     in_loss: list[bool]
 
 
-def preflight(rows: list[dict[str, Any]], tokenizer: Any, max_length: int | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def preflight(
+    rows: list[dict[str, Any]], tokenizer: Any, max_length: int | None
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows that train, and rows set aside as {id, reason}; raises `Refused`."""
     if not tokenizer.chat_template:
         raise Refused("the student has no chat template; start from an instruct model, or give args.chat_template_path")
@@ -81,7 +83,9 @@ def _look(name: str, tokens: Tokens, tokenizer: Any) -> None:
     if any(a == b == end for a, b in zip(learned, learned[1:], strict=False)):
         raise Refused(f"row {name}: the end token {tokenizer.eos_token!r} stands twice; remove it from the answers")
     if start is not None and tokens.ids[:2] == [start, start]:
-        raise Refused(f"row {name}: the beginning token {tokenizer.bos_token!r} stands twice; remove it from template or text")
+        raise Refused(
+            f"row {name}: the beginning token {tokenizer.bos_token!r} stands twice; remove it from template or text"
+        )
 
 
 def mend_padding(tokenizer: Any, model: Any) -> list[str]:
@@ -90,7 +94,14 @@ def mend_padding(tokenizer: Any, model: Any) -> list[str]:
         return []
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token, tokenizer.bos_token}
-    spare = next((t for t in ("<|endoftext|>", "<pad>", "[PAD]", "<unk>", tokenizer.unk_token) if t in vocabulary and t not in ends), None)
+    spare = next(
+        (
+            t
+            for t in ("<|endoftext|>", "<pad>", "[PAD]", "<unk>", tokenizer.unk_token)
+            if t in vocabulary and t not in ends
+        ),
+        None,
+    )
     if spare is None:
         spare = "<|pad|>"
         tokenizer.add_special_tokens({"pad_token": spare})

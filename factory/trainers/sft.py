@@ -23,9 +23,15 @@ def sft(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: dict[str, 
 def _same(made: Any, rows: list[dict[str, Any]], tokenizer: Any) -> None:
     """What TRL made is what the preflight saw: as many rows, the same tokens, the end inside the loss."""
     if len(made) != len(rows):
-        raise Refused(f"TRL dropped {len(rows) - len(made)} of {len(rows)} rows in silence; lower their length or raise args.max_length")
+        raise Refused(
+            f"TRL dropped {len(rows) - len(made)} of {len(rows)} rows in silence; lower their length or raise args.max_length"
+        )
     for row, got in zip(rows[:LOOKED_AT], made.select(range(min(LOOKED_AT, len(made)))), strict=True):
         ours = tokenise(row["prompt"], row["completion"], tokenizer)
-        mask = [label != -100 for label in got["labels"]] if "labels" in got else [bool(m) for m in got["completion_mask"]]
+        mask = (
+            [label != -100 for label in got["labels"]] if "labels" in got else [bool(m) for m in got["completion_mask"]]
+        )
         if list(got["input_ids"]) != ours.ids or mask != ours.in_loss:
-            raise Refused(f"row {row['id']}: TRL's tokens or loss mask differ from the preflight's; the row would train otherwise than shown")
+            raise Refused(
+                f"row {row['id']}: TRL's tokens or loss mask differ from the preflight's; the row would train otherwise than shown"
+            )

@@ -1,0 +1,206 @@
+"""What a run shows, in sentences: from counts and paired intervals alone, and no further than they go.
+
+A difference is claimed only where its paired 95 % interval excludes zero and at least `FEWEST` prompts stand behind it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from factory import stats
+
+FEWEST = 10
+"""With fewer prompts a bootstrap interval is too narrow to be believed: with one it has no width at all."""
+
+Row = dict[str, Any]
+
+CLAIMS = {
+    # measure: (what is said of it, if it rose, if it fell, if neither shows)
+    "accepted": (
+        "the form that the filters ask for",
+        "the form that the filters ask for was learned",
+        "the filters accept fewer answers than before training",
+        "this run does not show that the form was learned",
+    ),
+    "correct": (
+        "correct answers",
+        "correctness improved",
+        "correctness got worse",
+        "this run does not show that correctness improved",
+    ),
+    "teacher_loss": (
+        "loss on the teacher's answers",
+        "the student moved away from the teacher",
+        "the student moved towards the teacher",
+        "this run does not show that the student moved towards the teacher",
+    ),
+}
+
+
+def findings(report: Row) -> list[str]:
+    """Sentences for a report as `factory.report.collect` makes it; the first one is the headline."""
+    return [
+        *_of_status(report),
+        *_of_evaluation(report),
+        *_of_training(report),
+        *_of_data(report),
+        *_of_pairs(report),
+    ]
+
+
+def _of_status(report: Row) -> Iterator[str]:
+    if report["status"] != "done":
+        yield f"The run is not complete (status: {report['status']}): only the stages below were finished."
+
+
+# -- the student -------------------------------------------------------------------------------------------------------
+
+
+def _of_evaluation(report: Row) -> Iterator[str]:
+    rows = {(row["model"], row["measure"]): row for row in report["evaluation"]}
+    students = list(dict.fromkeys(row["model"] for row in report["evaluation"] if row["role"] == "student"))
+    if not report["evaluation"]:
+        trained = "A student was trained but" if report["training"] else "No student was trained, and"
+        yield f"{trained} nothing was evaluated: this run says nothing about how good a student is."
+        return
+    if not students:
+        yield "Models were evaluated, but none of them was trained in this run: there is no before and after."
+    for name in reversed(students):  # the last one trained is what the run was for
+        who = "the student" if len(students) == 1 else f"the student {name}"
+        paired = {(c["measure"], c["kind"]): c for c in report["comparisons"] if c["a"] == name}
+        for measure in CLAIMS:
+            if (name, measure) in rows:
+                yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired))
+        yield from (_capital(text) for text in _beside_teacher(who, paired))
+    if not any(row["measure"] == "correct" for row in report["evaluation"]):
+        yield "Correctness was not measured: no held-out prompt has a reference."
+
+
+def _before_and_after(
+    who: str, measure: str, rows: dict[tuple[str, str], Row], after: Row, paired: dict[tuple[str, str], Row]
+) -> str:
+    difference = paired.get((measure, "difference"))
+    before = rows.get((difference["b"], measure)) if difference else None
+    if difference is None or before is None:
+        return f"{_measured(measure, who, after)}; there is no base model to compare with, so no gain is shown."
+    told = f"{_measured(measure, who, after)}, {_also(measure, before)}"
+    if measure != "accepted" or not _claimed(difference) or difference["n"] < FEWEST:
+        told += f"; the difference of {_difference(measure, difference)}"
+    return f"{told}: {_verdict(measure, difference)}."
+
+
+def _measured(measure: str, who: str, row: Row) -> str:
+    k, n = round(row["value"] * row["n"]), row["n"]
+    match measure:
+        case "accepted":
+            return f"{who}'s answers are accepted for {k} of {n} held-out prompts ({_rate(row)})"
+        case "correct":
+            return f"correct answers: {who} {k} of {n} ({_rate(row)})"
+        case _:
+            return f"loss per token on the teacher's answers: {who} {_number(row)}"
+
+
+def _also(measure: str, row: Row) -> str:
+    k = round(row["value"] * row["n"])
+    match measure:
+        case "accepted":
+            return f"the base model's for {k} ({_rate(row)})"
+        case "correct":
+            return f"base model {k} ({_rate(row)})"
+        case _:
+            return f"base model {_number(row)}"
+
+
+def _difference(measure: str, c: Row) -> str:
+    """Value, interval and where zero lies, ready for "the difference of"."""
+    if measure == "teacher_loss":
+        told = f"{c['value']:+.2f} nats ({c['low']:+.2f} to {c['high']:+.2f})"
+    else:
+        told = f"{_points(c['value'])} points ({_points(c['low'])} to {_points(c['high'])})"
+    return f"{told} {'excludes' if _claimed(c) else 'includes'} zero"
+
+
+def _verdict(measure: str, c: Row) -> str:
+    _, rose, fell, neither = CLAIMS[measure]
+    if c["n"] < FEWEST:
+        return f"{c['n']} prompts are too few to conclude anything"
+    return neither if not _claimed(c) else rose if c["low"] > 0 else fell
+
+
+def _claimed(c: Row) -> bool:
+    """Whether the paired interval excludes zero."""
+    return bool(c["low"] > 0 or c["high"] < 0)
+
+
+def _beside_teacher(who: str, paired: dict[tuple[str, str], Row]) -> Iterator[str]:
+    words = {"accepted": "share of accepted answers", "correct": "share of correct answers"}
+    for measure, what in words.items():
+        c = paired.get((measure, "ratio"))
+        if c and c["n"] >= FEWEST:
+            # an unbounded ratio is null in JSON
+            high = "no upper bound" if c["high"] is None else f"{100 * c['high']:.0f} %"
+            yield (
+                f"{who}'s {what} is {100 * c['value']:.0f} % of the teacher's "
+                f"(interval {100 * c['low']:.0f} % to {high}, {c['n']} prompts)."
+            )
+
+
+# -- training and data -------------------------------------------------------------------------------------------------
+
+
+def _of_training(report: Row) -> Iterator[str]:
+    for one in report["training"]:
+        points = [p for p in one["curve"] if "loss" in p]
+        name, told = one["student"], f"{one['method']} on {one.get('rows_trained', 'an unknown number of')} rows"
+        if len(points) > 1:
+            first, last = points[0], points[-1]
+            told += f"; training loss {first['loss']:.3g} at step {first['step']}, {last['loss']:.3g} at {last['step']}"
+        yield f"Training of {name}: {told}."
+
+
+def _of_data(report: Row) -> Iterator[str]:
+    stages = [row for row in report["funnel"] if row["stage"] not in ("prompts", "train", "evaluate")]
+    if not stages:
+        return
+    first, last = stages[0], stages[-1]
+    told = f"Data: {first['in']:,} {first['unit']} went into {first['name']}, {last['kept']:,} rows came out of "
+    told += last["name"]
+    lost = [(count, reason, row["name"]) for row in stages for reason, count in row["reasons"].items()]
+    if lost:
+        count, reason, where = max(lost, key=lambda item: item[0])
+        told += f"; the most frequent reason for a loss is '{reason}' ({count:,} in {where})"
+    yield told + "."
+    failed = sum(row["failed"] for row in stages)
+    if failed:
+        yield f"{failed:,} rows could not be told good or bad (failed): they are missing from the data, not judged bad."
+
+
+def _of_pairs(report: Row) -> Iterator[str]:
+    pairs = report["pairs"]
+    if not pairs or not pairs["n"]:
+        return
+    n, longer = pairs["n"], pairs["chosen_longer"]
+    low, high = stats.wilson(round(longer * n), n)
+    words = pairs["mean_words"]
+    told = f"In {100 * longer:.0f} % of {n:,} pairs ({100 * low:.0f}-{100 * high:.0f} %) the chosen answer is longer"
+    told += f" (mean {words['chosen']:.0f} against {words['rejected']:.0f} words)"
+    yield told + (": part of what is learned may be length." if low > 0.5 else ".")
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def _rate(row: Row) -> str:
+    return f"{100 * row['value']:.0f} %, interval {100 * row['low']:.0f}-{100 * row['high']:.0f} %"
+
+
+def _number(row: Row) -> str:
+    return f"{row['value']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+
+
+def _points(share: float) -> str:
+    """Percentage points; small ones with a decimal, so that what excludes zero does not read as zero."""
+    return f"{100 * share:+.1f}" if 0 < abs(share) < 0.01 else f"{100 * share:+.0f}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -184,7 +184,7 @@ class _Round:
             self._resume_at = max(self._resume_at, loop_time + pause)
 
     async def _pause(self) -> None:
-        while (left := self._resume_at - asyncio.get_running_loop().time()) > 0:
+        while (left := self._resume_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110  (it may move on)
             await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
 
     async def _send(self, request: Request) -> Outcome:

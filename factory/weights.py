@@ -49,7 +49,8 @@ def located(weights: Weights) -> Path:
     path = Path(weights.model).expanduser()
     if not path.exists():
         raise RecipeError(
-            f"there are no weights at {weights.model!r}; put a model folder or a .gguf file there (`make weights` fetches a small one)"
+            f"there are no weights at {weights.model!r}; "
+            "put a model folder or a .gguf file there (`make weights` fetches a small one)"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{weights.model!r} is not a model folder: it has no config.json")
@@ -131,7 +132,8 @@ def _snapshot(weights: Weights) -> Path:
         found: str = snapshot_download(weights.model, revision=weights.revision, allow_patterns=list(CONTENT))
     except Exception as e:  # the hub's errors have no common root
         raise RecipeError(
-            f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; give a local folder, or check the name and the network"
+            f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; "
+            "give a local folder, or check the name and the network"
         ) from None
     return Path(found)
 

@@ -51,7 +51,12 @@ def folder(tmp_path: Path, text: str) -> Path:
 def factory(where: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "factory", *arguments]
     return subprocess.run(
-        command, cwd=where, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2", **environment}
+        command,
+        cwd=where,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
     )
 
 
@@ -97,7 +102,9 @@ def test_a_changed_filter_reruns_from_there_and_asks_the_teacher_nothing(tmp_pat
         changed = factory(tmp_path, "build", "recipe.yaml", "--set", "stages.1.filter.1.words.min=99")
         assert changed.returncode == 0, changed.stderr
         assert sum(server.seen.values()) == asked
-    assert not (tmp_path / "runs/tiny/dataset/train.jsonl").exists() or not read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")
+    assert not (tmp_path / "runs/tiny/dataset/train.jsonl").exists() or not read_jsonl(
+        tmp_path / "runs/tiny/dataset/train.jsonl"
+    )
 
 
 def test_raising_n_asks_for_the_new_draws_only(tmp_path: Path) -> None:
@@ -117,7 +124,13 @@ def test_the_whole_line_trains_a_student_and_measures_it(tmp_path: Path) -> None
     measured = {(row["role"], row["measure"]): row for row in report["evaluation"]}
     for role in ("base", "student", "teacher"):
         assert measured[role, "accepted"]["n"] == 6
-        assert 0 <= measured[role, "accepted"]["low"] <= measured[role, "accepted"]["value"] <= measured[role, "accepted"]["high"] <= 1
+        assert (
+            0
+            <= measured[role, "accepted"]["low"]
+            <= measured[role, "accepted"]["value"]
+            <= measured[role, "accepted"]["high"]
+            <= 1
+        )
     assert measured["student", "teacher_loss"]["value"] < measured["base", "teacher_loss"]["value"]
     assert report["training"][0]["rows_trained"] == len(read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")) == 18
     test = read_jsonl(tmp_path / "runs/tiny/dataset/test.jsonl")
@@ -151,9 +164,14 @@ def test_kill_9_anywhere_gives_the_same_data_and_asks_nothing_twice(tmp_path: Pa
 
 
 def test_answers_from_elsewhere_need_no_model(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"a{i} b c d"}]} for i, q in enumerate(QUESTIONS)]
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"a{i} b c d"}]}
+        for i, q in enumerate(QUESTIONS)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "recipe.yaml").write_text("name: tiny\nprompts: [{path: rows.jsonl}]\nstages:\n  - filter: [{words: {min: 4}}, exact_duplicates]\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: tiny\nprompts: [{path: rows.jsonl}]\nstages:\n  - filter: [{words: {min: 4}}, exact_duplicates]\n"
+    )
     done = factory(tmp_path, "build", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert len(read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")) == len(QUESTIONS)
@@ -189,7 +207,12 @@ def test_a_mistake_ends_with_its_exit_code_and_no_traceback(
 
 @pytest.mark.parametrize(
     ("raw", "told"),
-    [(b"", "empty"), (b'{"prompt": "a\xff"}\n', "UTF-8"), (b'{"prompt": \n', "prompts.jsonl:1"), (b"\n\n", "no prompt")],
+    [
+        (b"", "no prompts"),
+        (b'{"prompt": "a\xff"}\n', "UTF-8"),
+        (b'{"prompt": \n', "prompts.jsonl:1"),
+        (b"\n\n", "empty"),
+    ],
 )
 def test_a_bad_prompt_file_is_told_before_anything_is_sent(tmp_path: Path, raw: bytes, told: str) -> None:
     with in_thread() as server:
@@ -219,6 +242,7 @@ def test_a_full_disk_stops_cleanly_and_resumes(tmp_path: Path) -> None:
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=True)
     try:
+
         async def script(body: dict, before: int) -> dict:
             return chat(body, texts=["word " * 6000] * 2)
 

@@ -71,7 +71,12 @@ def test_a_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path, ol
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    text = MINIMAL.replace("n: 2", "nn: 2").replace("min: 2", "mim: 2").replace("heldout", "x").replace("type: openai", "type: x")
+    text = (
+        MINIMAL.replace("n: 2", "nn: 2")
+        .replace("min: 2", "mim: 2")
+        .replace("heldout", "x")
+        .replace("type: openai", "type: x")
+    )
     assert len(problems(tmp_path, text)) == 3
 
 

@@ -3,13 +3,14 @@
 | filter | default | source |
 |---|---|---|
 | exact_duplicates | equal after case, punctuation and blanks are levelled | - |
-| near_duplicates | estimated Jaccard of word bigrams at least 0.7, 128 permutations | FineWeb uses 0.75 on 5-grams of pages; answers are short, so bigrams |
+| near_duplicates | estimated Jaccard of word bigrams >= 0.7, 128 permutations | FineWeb: 0.75 on 5-grams of pages; answers are short |
 
 Bands of four rows: at similarity s, 1 - (1 - s**4) ** 32 of the pairs are looked at (s=.7: 99.98 %), then the signatures
 decide. The estimate's standard error is sqrt(s (1-s) / 128), about .04.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
@@ -108,7 +109,7 @@ class _Index:
     def _signature(self, text: str) -> Any:
         if self._last[0] != text or not text:
             words = normalised(text).split()
-            grams = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+            grams = [f"{a} {b}" for a, b in pairwise(words)]
             self._last = (text, _minhash(grams) if len(grams) >= SHORT else None)
         return self._last[1]
 

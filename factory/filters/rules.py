@@ -5,7 +5,7 @@
 | finished | the model ended by itself | truncated rows teach never to stop |
 | words, tokens | given in the recipe | - |
 | no_refusal | a refusal in the first 250 characters | where refusals stand; answers about refusing come later or quote |
-| repetition | half of a long answer's word 4-grams are repeats, or a tail that loops 4 times | Gopher (Rae et al. 2021, table A1) bounds duplicate n-gram shares; ours is looser, answers are short |
+| repetition | half of a long answer's word 4-grams repeat, or a tail loops 4 times | Gopher (Rae et al. 2021, table A1), but looser |
 | format | given in the recipe | - |
 """
 
@@ -83,17 +83,42 @@ class Tokens(Bounds):
 
 
 # A refusal speaks of oneself ("I", "as an AI") or apologises first; "you cannot", "he said: I can't" are not refusals.
-_REFUSALS: dict[str, str] = {
-    "cannot": r"^\W*(?:(?:i'?m|i am) (?:very |really |so )?sorry|sorry|unfortunately|i apologi[sz]e|my apologies|regrettably)?[\s,.;:!—–-]*(?:but |however,? )?(?:as an? (?:ai|artificial|large|language)[^.,]{0,40},? )?i (?:can(?:not|'t| not)|am (?:unable|not able|not allowed)|'?m (?:unable|not able|not allowed)|won'?t|will not|must decline|have to decline|do not feel comfortable|don'?t feel comfortable|shouldn'?t|refuse)\b(?! (?:stress|wait|emphasi[sz]e|recommend (?:it|this|them|her|him) enough|imagine|agree more|think of (?:a|any) better))",
-    "cannot_short": r"^\W*i'?m (?:unable|not able|not allowed|not comfortable)\b",
-    "as_an_ai": r"\bas an? (?:ai|artificial intelligence|large language model|language model)\b[^.]{0,80}\b(?:i (?:can(?:not|'t)|do not|don'?t|am (?:not|unable)|have no)|can(?:not|'t))\b|\bi'?m (?:just |only )?an? (?:ai|language model)\b|\bi am (?:just |only )?an? (?:ai|language model)\b",
-    "sorry_but": r"^\W*(?:(?:i'?m|i am) (?:very |really |so )?sorry|sorry)[,.]? (?:but )?(?:that'?s|this is|it'?s|that is) (?:not something|against|beyond|outside)",
-    "no_help": r"^\W*(?:i'?m|i am) (?:afraid|sorry)[,]? (?:but )?(?:that )?i (?:can(?:not|'t)|am (?:not|unable))",
-    "german": r"^\W*(?:es tut mir leid|tut mir leid|entschuldigung|leider)[^.!]{0,60}\b(?:kann|darf|werde|möchte) ich\b[^.!]{0,60}\bnicht\b|^\W*(?:es tut mir leid|tut mir leid)[^.!]{0,40}\bich (?:kann|darf|werde)\b[^.!]{0,80}\b(?:nicht|keine?n?)\b|\bals (?:ki|sprachmodell|künstliche intelligenz)[- ,]",
-    "french": r"^\W*(?:(?:je suis )?désolée?|je regrette|malheureusement)[^.!]{0,40}\bje ne (?:peux|puis|suis)\b|^\W*je ne (?:peux|puis) pas (?:vous |t'|répondre|aider|fournir|répondre)|\ben tant qu(?:e |')(?:ia|intelligence artificielle|modèle de langage)\b",
-    "spanish": r"^\W*(?:lo siento|lo lamento|disculpa|perdón|lamentablemente)[^.!]{0,40}\bno (?:puedo|me es posible|estoy)\b|\bcomo (?:ia|inteligencia artificial|modelo de lenguaje)\b",
-}  # fmt: skip
-_REFUSAL = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _REFUSALS.items()}
+_SORRY = r"(?:(?:i'?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry|unfortunately|regrettably|i apologi[sz]e|my apologies)"
+_MACHINE = r"an? (?:ai|artificial intelligence|(?:large )?language model)"
+_AM_NOT = r"(?:unable|not able|not allowed)"
+_DECLINE = (
+    rf"(?:can(?:not|'t| not)|am {_AM_NOT}|'?m {_AM_NOT}|won'?t|will not|shouldn'?t|refuse|(?:must|have to) decline"
+    r"|do(?: not|n'?t) feel comfortable)"
+)
+_PRAISE = r"(?! (?:stress|wait|emphasi[sz]e|imagine|agree more|recommend (?:it|this|them|her|him) enough|think of (?:a|any) better))"
+_REFUSALS: dict[str, list[str]] = {
+    "cannot": [
+        rf"^\W*{_SORRY}?[\s,.;:!—–-]*(?:but |however,? )?(?:that )?(?:as {_MACHINE}[^.,]{{0,40}},? )?i {_DECLINE}\b{_PRAISE}",
+        rf"^\W*i'?m (?:{_AM_NOT}|not comfortable)\b",
+    ],
+    "as_an_ai": [
+        rf"\bas {_MACHINE}\b[^.]{{0,80}}\b(?:i (?:can(?:not|'t)|do not|don'?t|am (?:not|unable)|have no)|can(?:not|'t))\b",
+        rf"\bi(?:'?m| am) (?:just |only )?{_MACHINE}\b",
+    ],
+    "sorry_but": [
+        rf"^\W*{_SORRY}[,.]? (?:but )?(?:that'?s|this is|it'?s|that is) (?:not something|against|beyond|outside)",
+    ],
+    "german": [
+        r"^\W*(?:(?:es )?tut mir leid|entschuldigung|leider)[^.!]{0,60}\b(?:kann|darf|werde|möchte) ich\b[^.!]{0,60}\bnicht\b",
+        r"^\W*(?:es )?tut mir leid[^.!]{0,40}\bich (?:kann|darf|werde)\b[^.!]{0,80}\b(?:nicht|keine?n?)\b",
+        r"\bals (?:ki|sprachmodell|künstliche intelligenz)[- ,]",
+    ],
+    "french": [
+        r"^\W*(?:(?:je suis )?désolée?|je regrette|malheureusement)[^.!]{0,40}\bje ne (?:peux|puis|suis)\b",
+        r"^\W*je ne (?:peux|puis) pas (?:vous |t'|répondre|aider|fournir)",
+        r"\ben tant qu(?:e |')(?:ia|intelligence artificielle|modèle de langage)\b",
+    ],
+    "spanish": [
+        r"^\W*(?:lo siento|lo lamento|disculpa|perdón|lamentablemente)[^.!]{0,40}\bno (?:puedo|me es posible|estoy)\b",
+        r"\bcomo (?:ia|inteligencia artificial|modelo de lenguaje)\b",
+    ],
+}
+_REFUSAL = {name: re.compile("|".join(patterns), re.IGNORECASE) for name, patterns in _REFUSALS.items()}
 
 
 class NoRefusal(RowFilter):

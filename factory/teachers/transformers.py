@@ -131,7 +131,6 @@ class TransformersTeacher:
     async def _read_lines(self, child: asyncio.subprocess.Process) -> None:
         assert child.stdout is not None
         async for line in child.stdout:
-            number, _, body = line.partition(b", ")
             told = msgspec.json.decode(line, type=_Line)
             if future := self._waiting.pop(told.number, None):
                 future.set_result(bytes(told.body))
@@ -162,5 +161,5 @@ def child_environment() -> dict[str, str]:
     return {
         k: v
         for k, v in os.environ.items()
-        if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES) and not k.endswith("TOKEN")
+        if k in PASSED_ON or (k.startswith(PASSED_ON_PREFIXES) and not k.endswith("TOKEN"))
     }

@@ -180,11 +180,11 @@ class Engine:
 
     def _share(self, prompts: list[list[int]]) -> None:
         """Keep the keys and values of what these prompts begin with alike, if it is not what is kept already."""
-        common = os.path.commonprefix([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
+        common = _common([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
         tokens, kept = self.prefix
-        if tokens and all(prompt[: len(tokens)] == tokens and len(prompt) > len(tokens) for prompt in prompts):
-            if len(common) < 2 * len(tokens):
-                return
+        served = all(prompt[: len(tokens)] == tokens and len(prompt) > len(tokens) for prompt in prompts)
+        if tokens and served and len(common) < 2 * len(tokens):
+            return
         if len(common) < MIN_SHARED:
             self.prefix = ([], Columns(self.layers))
             return
@@ -238,48 +238,55 @@ class Engine:
 
     def _step(self, logits: Any, first: int) -> None:
         """Decide the next token of the rows from `first` on, given their logits; rows that end leave the batch."""
-        keep = list(range(first))
-        rows: list[Line] = self.rows[:first]
-        drawn = [(i, line) for i, line in enumerate(self.rows[first:]) if line.search is None]
-        normalisers = logits.logsumexp(-1)
-        for i, line in drawn:
-            penalise_needed = (line.request.sampling.repetition_penalty, line.request.sampling.presence_penalty, line.request.sampling.frequency_penalty) != (1, 0, 0)  # fmt: skip
-            if penalise_needed:
-                logits[i] = logits[i].clone()
-        raw = logits.clone() if any(_penalised(line) for _, line in drawn) else logits
-        for i, line in drawn:
-            if _penalised(line):
-                penalise(logits[i], line.request.sampling, line.prompt, line.answer)
-        picked = iter(
-            pick(logits[[i for i, _ in drawn]], [(line.request.sampling, line.random) for _, line in drawn])
-            if drawn
-            else []
-        )
-        searches: set[int] = set()
-        for i, line in enumerate(self.rows[first:]):
+        lines = self.rows[first:]
+        keep, rows = list(range(first)), self.rows[:first]
+        drawn = iter(self._draw(logits, [i for i, line in enumerate(lines) if line.search is None], lines))
+        searched: set[int] = set()
+        for i, line in enumerate(lines):
             if line.search is None:
-                token = next(picked)
-                line.logprob += float(raw[i, token] - normalisers[i])
+                token, logprob = next(drawn)
                 line.answer.append(token)
+                line.logprob += logprob
                 if not self._ended(line):
                     keep.append(first + i)
                     rows.append(line)
-            elif id(line.search) not in searches:
-                searches.add(id(line.search))
-                mine = [k for k, other in enumerate(self.rows[first:]) if other.search is line.search]
-                steps = line.search.advance(torch.log_softmax(logits[mine], -1))
-                for parent, token in steps:
-                    grown = Line(line.number, line.prompt, line.request, line.search)
-                    grown.answer = [*self.rows[first + mine[parent]].answer, token]
-                    grown.seconds = line.seconds
+            elif id(line.search) not in searched:
+                searched.add(id(line.search))
+                mine = [k for k, other in enumerate(lines) if other.search is line.search]
+                for parent, beam in self._grow_beams(line, logits[mine], [lines[k] for k in mine]):
                     keep.append(first + mine[parent])
-                    rows.append(grown)
-                if not steps:
-                    self._answer_beams(line)
+                    rows.append(beam)
         if keep != list(range(len(self.rows))):
             self.columns.take(keep)
             self.mask = self.mask[keep]
         self.rows = rows
+
+    def _draw(self, logits: Any, where: list[int], lines: list[Line]) -> list[tuple[int, float]]:
+        """Token and log-probability (before penalties and temperature) for the lines at `where`."""
+        if not where:
+            return []
+        drawing = [lines[i] for i in where]
+        raw = chosen = logits[where]
+        if any(_penalised(line) for line in drawing):
+            chosen = raw.clone()
+            for row, line in zip(chosen, drawing, strict=True):
+                if _penalised(line):
+                    penalise(row, line.request.sampling, line.prompt, line.answer)
+        tokens = pick(chosen, [(line.request.sampling, line.random) for line in drawing])
+        picked = raw.gather(1, torch.tensor(tokens, device=raw.device).unsqueeze(1)).squeeze(1)
+        return list(zip(tokens, (picked - raw.logsumexp(-1)).tolist(), strict=True))
+
+    def _grow_beams(self, line: Line, logits: Any, beams: list[Line]) -> Iterator[tuple[int, Line]]:
+        """One search one token further: (number of the parent beam, the new beam); answers when it has ended."""
+        assert line.search is not None
+        steps = line.search.advance(torch.log_softmax(logits, -1))
+        for parent, token in steps:
+            grown = Line(line.number, line.prompt, line.request, line.search)
+            grown.answer = [*beams[parent].answer, token]
+            grown.seconds = line.seconds
+            yield parent, grown
+        if not steps:
+            self._answer_beams(line)
 
     def _ended(self, line: Line) -> bool:
         sampling = line.request.sampling
@@ -328,6 +335,12 @@ class Engine:
         logits = self._forward(ids, positions, every, Columns(self.layers), last=len(answer) + 1)[0, :-1]
         lost = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=self.device), reduction="sum")
         return float(lost), len(answer)
+
+
+def _common(prompts: list[list[int]]) -> list[int]:
+    """What all token lists begin with: the smallest and the largest differ first."""
+    low, high = min(prompts), max(prompts)
+    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
 
 
 def _penalised(line: Line) -> bool:

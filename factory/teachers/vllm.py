@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -149,10 +150,8 @@ class VllmTeacher:
 
 
 def _signal_group(pid: int, which: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it may have ended by itself meanwhile
         os.killpg(pid, which)
-    except ProcessLookupError:
-        pass  # it ended by itself meanwhile
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@ refused with the fix: a missing end token, a wrong mask, doubled special tokens,
 training unlike inference.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 LOOKED_AT = 50
@@ -80,7 +81,7 @@ def _look(name: str, tokens: Tokens, tokenizer: Any) -> None:
             f"row {name}: the end token {tokenizer.eos_token!r} is not in the loss, the student would never learn to stop; "
             "use a chat template that ends the answer with it, or set args.eos_token to the token that does"
         )
-    if any(a == b == end for a, b in zip(learned, learned[1:], strict=False)):
+    if any(a == b == end for a, b in pairwise(learned)):
         raise Refused(f"row {name}: the end token {tokenizer.eos_token!r} stands twice; remove it from the answers")
     if start is not None and tokens.ids[:2] == [start, start]:
         raise Refused(

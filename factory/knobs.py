@@ -5,7 +5,7 @@ name is the same with no settings): stages, filters and asking. A *tagged* recor
 Both become a pydantic union discriminated by a literal field, so go-to-definition works and unknown keys are errors.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -24,13 +24,14 @@ def one_key(union: Any, shorthand: dict[str, str] | None = None) -> Any:
     (`filter: [finished]` means `filter: {filters: [finished]}`).
     """
     short = shorthand or {}
+    kinds = {record.model_fields["kind"].default for record in get_args(union)}
 
     def untag(value: Any) -> Any:
         if isinstance(value, str):
             return {"kind": value}
         if isinstance(value, dict) and len(value) == 1:
             (kind, body), *_ = value.items()
-            if body is None:
+            if body is None or kind not in kinds:  # of an unknown name only the name is of interest
                 return {"kind": kind}
             if isinstance(body, dict):
                 return {"kind": kind, **body}

@@ -67,7 +67,7 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path, old: str, new: str, told: str) -> None:
     assert old in MINIMAL
-    assert any(told in line for line in problems(tmp_path, MINIMAL.replace(old, new)))
+    assert any(told in line for line in problems(tmp_path, MINIMAL.replace(old, new, 1)))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

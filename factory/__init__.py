@@ -6,8 +6,9 @@ The map, in the order that data flows (a file imports only from files above it):
     prompts                 prompt lists in: ids, train/test split, lint
     asking/                 seam 1: what is said
     weights                 where local weights come from
+    journal                 what was paid for
     teachers/               seam 2: who answers
-    journal, budget, ask    what was paid for; the wall; the only caller of teachers
+    budget, ask             the wall; the only caller of teachers
     generate                stage: draws and beams
     filters/, curate        seam 3: what to keep; stage `filter`
     rubric, judge           stage: scores by a model
@@ -21,4 +22,63 @@ The map, in the order that data flows (a file imports only from files above it):
     cli                     verbs
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from factory.errors import FactoryError, RecipeError
+    from factory.filters.shapes import GroupFilter, RowFilter, SetFilter
+    from factory.journal import Journal
+    from factory.pipeline import run as run_recipe
+    from factory.prompts import load as load_prompts
+    from factory.recipe import Recipe, load
+    from factory.report import build as build_report
+    from factory.rows import Failure, Message, Pair, Prompt, Reply, Request, Sample, Sampling, TrainRow, Verdict
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FactoryError",
+    "Failure",
+    "GroupFilter",
+    "Journal",
+    "Message",
+    "Pair",
+    "Prompt",
+    "Recipe",
+    "RecipeError",
+    "Reply",
+    "Request",
+    "RowFilter",
+    "Sample",
+    "Sampling",
+    "SetFilter",
+    "TrainRow",
+    "Verdict",
+    "build_report",
+    "load",
+    "load_prompts",
+    "run_recipe",
+]  # fmt: skip
+
+_PLACES = {
+    "factory.errors": ("FactoryError", "RecipeError"),
+    "factory.filters.shapes": ("GroupFilter", "RowFilter", "SetFilter"),
+    "factory.journal": ("Journal",),
+    "factory.recipe": ("Recipe", "load"),
+    "factory.rows": ("Failure", "Message", "Pair", "Prompt", "Reply", "Request", "Sample", "Sampling", "TrainRow", "Verdict"),
+}  # fmt: skip
+_RENAMED = {
+    "build_report": ("factory.report", "build"),
+    "load_prompts": ("factory.prompts", "load"),
+    "run_recipe": ("factory.pipeline", "run"),
+}
+_NAMES = {name: (module, name) for module, names in _PLACES.items() for name in names} | _RENAMED
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at their first use: `factory --help` must not wait for pydantic."""
+    if name not in _NAMES:
+        raise AttributeError(f"module 'factory' has no attribute {name!r}")
+    module, original = _NAMES[name]
+    return getattr(import_module(module), original)

@@ -121,6 +121,7 @@ class Scored:
             "finished": [float(s.finish == "stop") for s in samples],
             "words": [float(len(s.response.split())) for s in samples],
         }
+        self.unread = [check.check(s).reason == "no_answer" for s in samples]
 
     def add_losses(self, losses: list[tuple[float, int] | None]) -> None:
         """Summed loss in nats and number of tokens for each prompt that has an accepted teacher answer."""
@@ -151,8 +152,15 @@ def summary(models: list[Scored], seed: int) -> dict[str, Any]:
         "comparisons": comparisons,
         "samples": [_side_by_side(models, i) for i in range(min(MAX_SHOWN, len(models[0].samples)))],
         "measures": MEASURES,
-        "notes": [],
+        "notes": [note for model in models for note in _notes(model)],
     }
+
+
+def _notes(model: Scored) -> list[str]:
+    """Where `extract` finds nothing, an answer counts as wrong: then `correct` measures the form as well."""
+    if not (unread := sum(model.unread)):
+        return []
+    return [f"correct: {unread} of {len(model.unread)} answers of {model.name} have no text where `extract` looks"]
 
 
 def _rows(model: Scored, seed: int) -> list[dict[str, Any]]:
@@ -205,6 +213,7 @@ def _compare(kind: str, measure: str, a: Scored, b: Scored, seed: int) -> list[d
             "low": low,
             "high": high,
             "n": len(both),
+            "unread": sum(b.unread) if measure == "correct" else 0,
         }
     ]
 

@@ -11,6 +11,9 @@ from factory import stats
 FEWEST = 10
 """With fewer prompts a bootstrap interval is too narrow to be believed: with one it has no width at all."""
 
+MANY_UNREAD = 0.1
+"""Share of answers without a readable result from which `correct` is said to measure the form as well."""
+
 Row = dict[str, Any]
 
 CLAIMS = {
@@ -123,6 +126,8 @@ def _verdict(measure: str, c: Row) -> str:
     _, rose, fell, neither = CLAIMS[measure]
     if c["n"] < FEWEST:
         return f"{c['n']} prompts are too few to conclude anything"
+    if c.get("unread", 0) > MANY_UNREAD * c["n"]:
+        return f"{c['unread']} answers of {c['b']} cannot be read in the form asked for, so this measures form as well"
     return neither if not _claimed(c) else rose if c["low"] > 0 else fell
 
 

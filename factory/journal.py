@@ -228,14 +228,14 @@ class Journal:
             f"JOIN attempt ON attempt.id = answer.attempt WHERE key IN ({marks})",
             wanted,
         )
-        return {row[0]: Stored(_unpack(row[1]), *row[2:]) for row in rows}
+        return {row[0]: Stored(unpack(row[1]), *row[2:]) for row in rows}
 
     def unread(self, identity: str) -> Iterator[tuple[int, bytes]]:
         """Bodies that were stored but not yet read when a process ended: they were paid for."""
         for attempt, body in self._read(
             "SELECT id, body FROM attempt WHERE identity=? AND status='stored'", [identity]
         ):
-            yield attempt, _unpack(body)
+            yield attempt, unpack(body)
 
     def spent(self, run: str) -> Spent:
         """What all attempts of a run cost so far."""
@@ -274,7 +274,8 @@ def _pack(body: bytes) -> bytes:
     return zlib.compress(body, 1) if len(body) > COMPRESS_OVER_BYTES else body
 
 
-def _unpack(body: bytes) -> bytes:
+def unpack(body: bytes) -> bytes:
+    """A stored body as it came."""
     return zlib.decompress(body) if body[:1] == b"\x78" else body
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from factory.errors import RecipeError
+from factory.journal import unpack
 from factory.rows import Failure, Outcome, Prompt, Request
 from factory.teachers.entry import Entry
 from factory.teachers.openai import read_chat
@@ -34,16 +35,16 @@ class Replay(Entry):
 
     def open(self, runs: Path) -> "ReplayTeacher":
         path = Path(self.path)
-        answers = _from_jsonl(path) if path.suffix == ".jsonl" else _from_journal(path, self.model)
+        answers = _from_jsonl(path) if path.suffix == ".jsonl" else Stored(path, self.model)
         return ReplayTeacher(answers, self.path)
 
 
 class ReplayTeacher:
-    """Looks answers up in memory; what is not there is a failure, never a guess."""
+    """Looks answers up; what is not there is a failure, never a guess."""
 
     concurrency = 16
 
-    def __init__(self, answers: dict[tuple[str, int], bytes], path: str) -> None:
+    def __init__(self, answers: "dict[tuple[str, int], bytes] | Stored", path: str) -> None:
         self._answers, self._path = answers, path
 
     async def send(self, request: Request) -> bytes | Failure:
@@ -94,18 +95,26 @@ def _messages_and_answer(row: dict[str, Any]) -> tuple[list[Any], str]:
     return messages, completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _from_journal(path: Path, model: str | None) -> dict[tuple[str, int], bytes]:
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        models = [m for (m,) in db.execute("SELECT DISTINCT identity FROM answer")]
+class Stored:
+    """The answers of one model in a journal, read one at a time: only their places are kept in memory."""
+
+    def __init__(self, path: Path, model: str | None) -> None:
+        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+        models = [m for (m,) in self._db.execute("SELECT DISTINCT identity FROM answer")]
         if model is None and len(models) > 1:
             raise RecipeError(f"replay: {path} holds answers of several models; set `model` to one of {models}")
-        chosen = model or (models[0] if models else "")
-        rows = db.execute(
-            "SELECT asked, answer.draw, attempt.body FROM answer JOIN attempt ON attempt.id = answer.attempt "
-            "WHERE answer.identity = ? AND choice = 0",
-            (chosen,),
+        rows = self._db.execute(
+            "SELECT asked, answer.draw, attempt.id, choice FROM answer JOIN attempt ON attempt.id = answer.attempt "
+            "WHERE answer.identity = ?",
+            [model or (models[0] if models else "")],
         )
-        return {(asked, draw): body for asked, draw, body in rows}
-    finally:
-        db.close()
+        self._places = {(asked, draw): (attempt, choice) for asked, draw, attempt, choice in rows}
+
+    def get(self, key: tuple[str, int]) -> bytes | None:
+        """The stored body, with the asked draw as its only choice."""
+        if key not in self._places:
+            return None
+        attempt, choice = self._places[key]
+        (body,) = self._db.execute("SELECT body FROM attempt WHERE id = ?", [attempt]).fetchone()
+        whole = msgspec.json.decode(unpack(body))
+        return msgspec.json.encode({**whole, "choices": whole["choices"][choice : choice + 1]})

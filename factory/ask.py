@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
-import random
+import signal
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -13,21 +15,25 @@ import msgspec
 import tenacity
 
 from factory.budget import Wall
-from factory.errors import AuthError, BudgetError, FactoryError, IdentityError, OutageError
+from factory.errors import FactoryError, Interrupted, OutageError, TooManyFailures
 from factory.journal import Journal, answer_keys
-from factory.progress import Advance, bar
+from factory.pace import Pace
+from factory.progress import Advance, bar, say
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers import Teacher
 from factory.teachers.entry import Entry
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS
 
+OUTAGE = ("outage", "transport", "timeout", "server_error")
+"""What an outage looks like from here; each of them may also be one request's bad luck."""
 LOOKUP = 256
 """Requests looked up in the journal at once."""
-
-RETRIED = {"server_error", "timeout", "transport", "outage", "bad_json", "missing_choice", "empty", "engine_died"}
-FEW_TRIES = {"bad_json": 3, "missing_choice": 3, "empty": 2}
-STOPS: dict[str, type[FactoryError]] = {"auth": AuthError, "quota": BudgetError, "model_not_found": IdentityError}
-MAYBE_BILLED = {"timeout", "transport", "server_error", "bad_json", "missing_choice", "empty", "filtered_output"}
-MAX_PAUSE_S = 3600.0
+MAX_WAIT_S = 3600.0
+"""How long one request may be put off by 429 and 503 before it counts as failed."""
+DRAIN_S = 30.0
+"""After the first Ctrl-C, how long answers in flight are waited for."""
+DOOMED_AFTER = 20
+"""Failures before which a run is not given up early: in a handful of prompts one failure is a large share."""
 
 
 @dataclass(slots=True)
@@ -42,20 +48,24 @@ class Model:
 
 @dataclass(slots=True)
 class Tally:
-    """What one round of asking did. `failures`: answer key -> why that draw has no answer."""
+    """What one round of asking did, in requests `sent` and draws. `failures`: answer key -> why it has no answer."""
 
     sent: int = 0
     reused: int = 0
+    planned: int = 0
     usage: Usage = field(default_factory=Usage)
     usd: Decimal = Decimal(0)
     failures: dict[str, Failure] = field(default_factory=dict)
 
 
 class Desk:
-    """Asks what the journal does not hold yet, and reads answers back in the order of the requests."""
+    """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
 
-    def __init__(self, journal: Journal, wall: Wall, run: str) -> None:
-        self.journal, self.wall, self.run = journal, wall, run
+    `max_failed` is the share of draws that may end without an answer.
+    """
+
+    def __init__(self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02) -> None:
+        self.journal, self.wall, self.run, self.max_failed = journal, wall, run, max_failed
 
     async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
@@ -64,17 +74,19 @@ class Desk:
         """
         self._read_leftovers(model)
         with bar(label, total) as advance:
-            counter = _Round(self, model, advance)
-            missing = self._missing(requests, counter)
-            limit = min(model.entry.limits.max_concurrency, model.teacher.concurrency)
+            asking = _Round(self, model, advance, total)
+            missing = self._missing(requests, asking)
+            watch = asyncio.create_task(asking.pace.watch())
             try:
-                await asyncio.gather(*(counter.work(missing) for _ in range(limit)))
+                with _signals(asking):
+                    asking.workers = [asyncio.create_task(asking.work(missing)) for _ in range(asking.pace.most)]
+                    await asyncio.gather(*asking.workers, return_exceptions=True)
             finally:
+                watch.cancel()
                 await model.teacher.close()
                 await self.journal.flush()
-            if counter.error is not None:
-                raise counter.error
-        return counter.tally
+            asking.finish()
+        return asking.tally
 
     def read(
         self, model: Model, requests: Iterable[Request], tally: Tally
@@ -121,71 +133,104 @@ class Desk:
 class _Round:
     """The state that the workers of one round of asking share."""
 
-    def __init__(self, desk: Desk, model: Model, advance: Advance) -> None:
+    def __init__(self, desk: Desk, model: Model, advance: Advance, total: int) -> None:
         self.desk, self.model, self.advance = desk, model, advance
-        self.tally = Tally()
+        self.tally = Tally(planned=total)
+        self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
         self.error: BaseException | None = None
-        self._answered = 0
-        self._resume_at = 0.0  # one pause for the whole teacher: N workers backing off alone would stampede
+        self.workers: list[asyncio.Task[None]] = []
 
     def reuse(self, draws: int) -> None:
         self.tally.reused += draws
         self.advance(draws)
 
+    def stop(self, error: BaseException) -> None:
+        """Send nothing more; what is in flight may still come in."""
+        self.error = self.error or error
+
+    def finish(self) -> None:
+        """Raise what stopped the round, or what went wrong in a worker."""
+        crashes = [w.exception() for w in self.workers if w.done() and not w.cancelled()]
+        if error := self.error or next((e for e in crashes if e is not None), None):
+            raise error
+
     async def work(self, missing: Iterator[Request]) -> None:
         """Take requests until there are none, or until something stops the round."""
         while self.error is None and (request := next(missing, None)) is not None:
             try:
-                outcome = await self._settle(request)
-            except (FactoryError, asyncio.CancelledError) as e:
-                self.error = self.error or e
-                return
+                await self._answer(request)
+            except FactoryError as e:
+                self.stop(e)
+
+    async def _answer(self, request: Request) -> None:
+        """All draws of a request; a server that gave fewer than `n` is asked for the rest, as often as a failure is."""
+        for attempt in range(self.model.entry.limits.max_attempts):
+            outcome = await self._settle(request)
             got = len(outcome.choices) if isinstance(outcome, Reply) else 0
-            failure = (
-                outcome
-                if isinstance(outcome, Failure)
-                else Failure(reason="missing_choice", detail="fewer answers than n")
+            self.advance(min(got, request.n))
+            if got >= request.n or (request.sampling.beam and got):
+                return
+            if got == 0 or attempt + 1 == self.model.entry.limits.max_attempts:
+                break
+            request = msgspec.structs.replace(request, draw=request.draw + got, n=request.n - got)
+        lacking = answer_keys(request)[got:]
+        failure = outcome if isinstance(outcome, Failure) else Failure(reason="missing_choice", detail="fewer than n")
+        self.tally.failures.update(dict.fromkeys(lacking, failure))
+        self.advance(len(lacking))
+        failed, limit = len(self.tally.failures), self.desk.max_failed
+        if failed >= DOOMED_AFTER and failed > limit * self.tally.planned:
+            raise TooManyFailures(
+                f"models.{self.model.name}: {failed} of {self.tally.planned} draws have no answer, more than "
+                f"--max-failed {limit:g}; the last one: {failure.reason}: {failure.detail}"
             )
-            for key in answer_keys(request)[got:]:
-                self.tally.failures[key] = failure
-            self.advance(request.n)
 
     async def _settle(self, request: Request) -> Outcome:
         """One request to its end: an answer, or the failure that is left after the retries."""
-        limits = self.model.entry.limits
         retrying = tenacity.AsyncRetrying(
-            stop=partial(_enough, limits.max_attempts),
+            stop=partial(_enough, self.model.entry.limits.max_attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
             retry=tenacity.retry_if_result(partial(_again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         outcome: Outcome = await retrying(self._attempt, request)
-        if isinstance(outcome, Failure) and (error := STOPS.get(outcome.reason)):
-            raise error(f"models.{self.model.name}: {outcome.detail}")
-        if isinstance(outcome, Failure) and outcome.reason == "outage" and not self._answered:
-            raise OutageError(
-                f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up"
-            )
+        if isinstance(outcome, Failure):
+            if error := STOPS.get(outcome.reason):
+                raise error(f"models.{self.model.name}: {outcome.detail}")
+            if outcome.reason == "outage" and not self.pace.answered:
+                raise OutageError(
+                    f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up"
+                )
         return outcome
 
     async def _attempt(self, request: Request) -> Outcome:
-        """Send once; waiting for a busy server (429, 503) does not use the attempt up."""
-        waited = 0.0
+        """Send once. What is not the request's own fault, a busy server or an outage, uses no attempt up."""
+        waiting_since = time.monotonic()
+        why = "no answer"
         while True:
-            await self._pause()
-            outcome = await self._send(request)
-            if not isinstance(outcome, Failure) or (outcome.reason != "rate_limited" and outcome.status != 503):
+            if self.pace.down:
+                await self.pace.line_up(why)
+            sent_at = time.monotonic()
+            await self.pace.enter()
+            try:
+                outcome = await self._send(request)
+            finally:
+                self.pace.leave()
+            if isinstance(outcome, Reply):
+                self.pace.works(outcome.usage.prompt_tokens + outcome.usage.completion_tokens)
                 return outcome
-            pause = outcome.retry_after if outcome.retry_after is not None else min(1.0 + waited, 60.0)
-            waited += pause
-            if waited > MAX_PAUSE_S:
+            if ACTIONS[outcome.reason] == "wait" or outcome.status == 503:
+                self.pace.busy(sent_at, outcome.retry_after)
+                if time.monotonic() - waiting_since > MAX_WAIT_S:
+                    return outcome
+            elif outcome.reason in OUTAGE:
+                why = outcome.detail
+                if not self.pace.fails(id(request), why):
+                    return outcome
+            else:
+                self.pace.works()
                 return outcome
-            loop_time = asyncio.get_running_loop().time()
-            self._resume_at = max(self._resume_at, loop_time + pause)
-
-    async def _pause(self) -> None:
-        while (left := self._resume_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110  (it may move on)
-            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+            if self.error is not None:  # the run is stopping: put off no longer
+                return outcome
 
     async def _send(self, request: Request) -> Outcome:
         """Reserve, commit the intent, send, commit the body, read it, file it: in this order."""
@@ -208,24 +253,54 @@ class _Round:
         usd = entry.price.usd(outcome.usage) if entry.price else Decimal(0)
         desk.journal.file(attempt, [(c.finish, c.tokens) for c in outcome.choices], outcome.usage, str(usd))
         desk.wall.settle(hold, outcome.usage, usd)
-        self._answered += 1
         self.tally.usage = _sum(self.tally.usage, outcome.usage)
         self.tally.usd += usd
         return outcome
 
 
+@contextmanager
+def _signals(asking: _Round) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: the first one sends nothing more and waits for what is in flight, the second one leaves."""
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        for worker in asking.workers:
+            worker.cancel()
+
+    def heard(which: signal.Signals) -> None:
+        if asking.error is not None:
+            leave()
+            return
+        asking.stop(Interrupted("stopped; stored answers are kept, the same command goes on", which))
+        say(
+            f"stopping: waiting up to {DRAIN_S:g} s for {asking.pace.in_flight} requests in flight; again to leave at once"
+        )
+        loop.call_later(DRAIN_S, leave)
+
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    for which in before:
+        loop.add_signal_handler(which, heard, which)
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            loop.remove_signal_handler(which)
+            signal.signal(which, handler)
+
+
 def _again(request: Request, outcome: Any) -> bool:
     """Whether to send once more. The same seed, or greedy decoding, would give the same empty answer again."""
-    if not isinstance(outcome, Failure) or outcome.reason not in RETRIED:
+    if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "retry":
         return False
     repeatable = request.seed is not None or request.sampling.temperature == 0 or request.sampling.beam is not None
     return not (outcome.reason == "empty" and repeatable)
 
 
 def _enough(limit: int, state: tenacity.RetryCallState) -> bool:
+    """Every retryable fault has `max_attempts`; an empty answer is paid for each time and tried once more only."""
     outcome = state.outcome.result() if state.outcome else None
-    few = FEW_TRIES.get(outcome.reason, limit) if isinstance(outcome, Failure) else limit
-    return state.attempt_number >= min(limit, few)
+    empty = isinstance(outcome, Failure) and outcome.reason == "empty"
+    return state.attempt_number >= (min(limit, 2) if empty else limit)
 
 
 def _whole(request: Request) -> Request:

@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     ):
         verb = verbs.add_parser(name, help=what, description=what, epilog=EXIT_CODES)
         _recipe_arguments(verb)
+        verb.add_argument(
+            "--max-failed", type=_share, default=0.02, metavar="SHARE",
+            help="share of a stage's draws that may stay without an answer, e.g. 5%% or 0.05 (default: 2%%)",
+        )  # fmt: skip
+        verb.add_argument("--retry-failed", action="store_true", help="ask again for draws that have no answer")
         verb.set_defaults(verb=_run, until=name)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
     _recipe_arguments(verb)
@@ -74,6 +79,14 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
 
 
+def _share(text: str) -> float:
+    """`5%` or `0.05`."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
 def _load(arguments: argparse.Namespace) -> Any:
     from factory.recipe import find, load
 
@@ -87,7 +100,8 @@ def _load(arguments: argparse.Namespace) -> Any:
 def _run(arguments: argparse.Namespace) -> int:
     from factory.pipeline import run
 
-    folder = run(_load(arguments), arguments.runs, arguments.until)
+    recipe = _load(arguments)
+    folder = run(recipe, arguments.runs, arguments.until, arguments.max_failed, arguments.retry_failed)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0

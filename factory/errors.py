@@ -11,7 +11,8 @@
     ├── DiskError                    9   disk full, folder not writable
     ├── LockedError                 10   another process holds this journal
     ├── JournalError                11   the journal is damaged
-    └── VersionError                12   the journal was written by a newer factory
+    ├── VersionError                12   the journal was written by a newer factory
+    └── Interrupted            130, 143   Ctrl-C or SIGTERM; the same command goes on
 
 A message says what is wrong, where, and what to do. The command line prints it without a traceback.
 """
@@ -87,3 +88,11 @@ class VersionError(FactoryError):
     """The journal was written by a newer version."""
 
     exit_code = 12
+
+
+class Interrupted(FactoryError):
+    """A signal asked the run to stop; the exit code is 128 + its number, as shells have it."""
+
+    def __init__(self, told: str, signal: int) -> None:
+        super().__init__(told)
+        self.exit_code = 128 + signal

@@ -23,7 +23,7 @@ from factory.ask import Desk, Tally
 from factory.budget import Wall
 from factory.choose import Choose, choose
 from factory.curate import Curate, accepts, curate, row_filters
-from factory.errors import RecipeError
+from factory.errors import RecipeError, TooManyFailures
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.generate import Asker, Generate, Given, from_reference, given, requests, samples
 from factory.journal import Journal
@@ -50,11 +50,15 @@ VERSIONS = {
 UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
 
 
-def run(recipe: Recipe, runs: Path, until: Until = "run") -> Path:
-    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end."""
+def run(recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False) -> Path:
+    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
+
+    `max_failed` is the share of draws of a stage that may stay without an answer: a doomed stage stops early, and a run
+    that ends above it raises TooManyFailures when everything else is done. `retry_failed` asks for those draws again.
+    """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
-        work = Work(recipe, runs, journal)
+        work = Work(recipe, runs, journal, max_failed, retry_failed)
         work.begin()
         try:
             for step in steps:
@@ -65,19 +69,21 @@ def run(recipe: Recipe, runs: Path, until: Until = "run") -> Path:
             raise
         work.note("done", steps)
         report.build(work.folder)
+        work.check_failures(steps)
     return work.folder
 
 
 class Work:
     """One run in progress: what is made so far, and how each kind of step is done."""
 
-    def __init__(self, recipe: Recipe, runs: Path, journal: Journal) -> None:
+    def __init__(self, recipe: Recipe, runs: Path, journal: Journal, max_failed: float, retry_failed: bool) -> None:
         self.recipe, self.runs, self.journal = recipe, runs, journal
+        self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
-        self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name)
+        self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name, max_failed)
 
     def begin(self) -> None:
         """Prompts in, and what is odd about them said before anything is sent."""
@@ -100,12 +106,23 @@ class Work:
         lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
         write_json(self.folder / "manifest.json", {**facts, "stages": folders, "versions": versions, "prompts": lists})
 
+    def check_failures(self, steps: list[Step]) -> None:
+        """TooManyFailures where more draws than the limit allows have no answer; everything else is done by then."""
+        for folder in (self.made[step.number] for step in steps):
+            told = folder.manifest
+            if _unanswered(told) > self.max_failed * told.get("draws", {}).get("planned", 0):
+                raise TooManyFailures(
+                    f"{folder.path.name}: {_unanswered(told)} of {told['draws']['planned']} draws have no answer, more than "
+                    f"--max-failed {self.max_failed:g}; the rest is finished and stands in {self.folder}. "
+                    "--retry-failed asks for them again"
+                )
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
         """Do one step, unless its folder is there already."""
         folder = StageFolder(self.folder / f"{step.title}-{self._hash(step)}")
-        if folder.complete:
+        if folder.complete and not (self.retry_failed and _unanswered(folder.manifest)):
             say(f"{step.title}: done already")
         else:
             say(f"{step.title}")
@@ -120,7 +137,7 @@ class Work:
 
     def _hash(self, step: Step) -> str:
         knobs = step.knobs.model_dump(mode="json", exclude={"as_", "from_"})
-        inputs = [self.made[number].path.name.rpartition("-")[2] for number in step.reads]
+        inputs = [self.made[number].manifest["content"] for number in step.reads]
         prompts = [self.prompts.digest(name) for name in step.sets]
         models = [self.models.identity(name) for name in self._asked(step)]
         files = [digest(find(path).read_text(errors="replace")) for path in _files(step)]
@@ -367,9 +384,18 @@ def _lines(files: Iterable[Path]) -> int:
     return total
 
 
+def _unanswered(manifest: dict[str, Any]) -> int:
+    """Draws of a stage that ended without an answer."""
+    return int(manifest.get("draws", {}).get("unanswered", 0))
+
+
 def _cost(tallies: list[Tally]) -> dict[str, Any]:
     """What asking cost, for the manifest."""
     return {
+        "draws": {
+            "planned": sum(t.planned for t in tallies),
+            "unanswered": sum(len(t.failures) for t in tallies),
+        },
         "requests": {"sent": sum(t.sent for t in tallies), "reused": sum(t.reused for t in tallies)},
         "tokens": {
             "prompt": sum(t.usage.prompt_tokens for t in tallies),

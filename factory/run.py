@@ -4,6 +4,7 @@ runs/<name>/recipe.yaml manifest.json NN-name-hash/ dataset/ report.html report.
 NN-name-hash/           kept-00000.jsonl dropped-00000.jsonl failed-00000.jsonl manifest.json
 """
 
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -63,6 +64,7 @@ class StageWriter:
         self.folder.mkdir(parents=True)
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self._content = hashlib.blake2b(digest_size=16)
         self._files: dict[str, IO[bytes]] = {}
         self._shards: Counter[str] = Counter()
         self._in_shard: Counter[str] = Counter()
@@ -79,7 +81,10 @@ class StageWriter:
         full = self._in_shard[ending] >= ROWS_PER_SHARD
         if ending not in self._files or (full and prompt != self._last_prompt.get(ending)):
             self._next_shard(ending)
-        self._files[ending].write(encode(row) + b"\n")
+        line = encode(row) + b"\n"
+        self._files[ending].write(line)
+        if ending == "kept":
+            self._content.update(line)
         self._in_shard[ending] += 1
         self._last_prompt[ending] = prompt
 
@@ -97,6 +102,9 @@ class StageWriter:
     def finish(self, manifest: dict[str, Any], planned: int | None) -> StageFolder:
         """Check that every planned unit ended somewhere, write the manifest, make the folder real.
 
+        `content` in the manifest is a hash of the kept rows: what later stages are named by, so that a stage that was
+        done again, but came out the same, sets nothing else going.
+
         `planned` is the number of units that went in; None takes the sum (stages that make their own units).
         """
         for file in self._files.values():
@@ -108,7 +116,8 @@ class StageWriter:
                 f"({dict(self.counts)}); this is a bug of ours, the rows are in {self.folder}"
             )
         counts = {"in": ended, **{e: self.counts[e] for e in ("kept", "dropped", "failed")}}
-        whole = {**manifest, "folder": self.final.name, **counts, "reasons": dict(self.reasons.most_common())}
+        reasons, content = dict(self.reasons.most_common()), self._content.hexdigest()
+        whole = {**manifest, "folder": self.final.name, **counts, "reasons": reasons, "content": content}
         write_json(self.folder / "manifest.json", whole)
         shutil.rmtree(self.final, ignore_errors=True)
         self.folder.rename(self.final)

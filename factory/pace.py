@@ -1,0 +1,176 @@
+"""How fast one teacher is asked: requests at once, requests and tokens a minute, and when to hold still.
+
+At once: a window that doubles with every round trip until the server says 429 or 503, then halves, and from there grows by
+one a round trip (slow start and congestion avoidance, Jacobson 1988). A pause holds for the whole teacher: workers that
+each back off on their own would come back as a crowd.
+
+Outage: where nothing succeeds any more, requests do not use up their attempts. One at a time is sent, with growing gaps,
+until an answer comes. A high rate of errors among answers is not an outage.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+
+from factory.errors import OutageError
+from factory.progress import say
+from factory.teachers.entry import Limits
+
+FIRST_WINDOW = 32
+OPEN_AFTER = 10
+"""Failures in a row, of at least two requests, that look like an outage."""
+GAPS_S = (1.0, 60.0)
+"""Between two probes of a silent server: the first gap doubles up to the last one."""
+PATIENCE_S = 3600.0
+FIRST_PATIENCE_S = 15.0
+"""How long an outage is waited out; the second one where the teacher has never answered: a wrong address, most likely."""
+MAX_PAUSE_S = 3600.0
+SILENT_S = 60.0
+"""After how long without any answer a teacher is named; half its time-out where that is less."""
+
+
+class Pace:
+    """Shared by all requests to one teacher: `enter` before each send, `leave` after it, then one of the verdicts."""
+
+    def __init__(self, name: str, limits: Limits, useful: int) -> None:
+        self.name, self.timeout_s = name, limits.timeout_s
+        self.most = min(limits.max_concurrency, useful)
+        self.answered = False
+        self.in_flight = 0
+        self.last_heard = time.monotonic()
+        self._window = float(min(FIRST_WINDOW, self.most))
+        self._threshold = float("inf")
+        self._slower_at = 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._requests, self._tokens = Rate(limits.rpm), Rate(limits.tpm)
+        self._tokens_a_request = 0.0
+        self._resume_at = 0.0
+        self._unsaid = GAPS_S[0] / 2
+        self._failed_in_a_row = 0
+        self._failing: set[int] = set()
+        self._down_since: float | None = None
+        self._gap = GAPS_S[0]
+        self._probe = asyncio.Lock()
+
+    # -- one request -----------------------------------------------------------------------------------------------
+
+    async def enter(self) -> None:
+        """Wait for a free place in the window, for the rates, and for the end of a pause."""
+        while self.in_flight >= int(self._window):
+            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(place)
+            await place
+        self.in_flight += 1
+        delay = max(self._requests.delay(1), self._tokens.delay(self._tokens_a_request))
+        if delay > 0:
+            await asyncio.sleep(delay)
+        while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
+            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        self.last_heard = time.monotonic()
+        free = int(self._window) - self.in_flight
+        while free > 0 and self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                free -= 1
+
+    # -- what came back --------------------------------------------------------------------------------------------
+
+    @property
+    def down(self) -> bool:
+        return self._down_since is not None
+
+    def works(self, tokens: int | None = None) -> None:
+        """The server answered, be it with a refusal: it is up. `tokens` is what a real answer used."""
+        self._failed_in_a_row = 0
+        self._failing.clear()
+        if self._down_since is not None:
+            say(f"models.{self.name}: answers again after {time.monotonic() - self._down_since:.0f} s")
+            self._down_since, self._gap = None, GAPS_S[0]
+        if tokens is not None:
+            self.answered, self._unsaid = True, GAPS_S[0] / 2
+            self._tokens.correct(tokens - self._tokens_a_request)
+            self._tokens_a_request += (tokens - self._tokens_a_request) / 8  # smoothed as TCP smooths round trips
+            grow = 1.0 if self._window < self._threshold else 1.0 / self._window
+            self._window = min(self._window + grow, float(self.most))
+
+    def busy(self, sent_at: float, pause_s: float | None) -> None:
+        """The server said 429 or 503: hold still for as long as it says, and ask less at once from then on."""
+        if pause_s is None and sent_at >= self._resume_at:  # it does not say: longer each time, until an answer comes
+            self._unsaid = min(2 * self._unsaid, GAPS_S[1])
+        self.hold(self._unsaid if pause_s is None else pause_s)
+        self.shrink(sent_at)
+
+    def shrink(self, sent_at: float) -> None:
+        """Half the window, once for all requests that were in flight together."""
+        if sent_at >= self._slower_at:
+            self._slower_at = time.monotonic()
+            self._threshold = self._window = max(self._window / 2, 1.0)
+
+    def hold(self, seconds: float) -> None:
+        """The server's headers say that nothing is left for so long."""
+        self._resume_at = max(self._resume_at, time.monotonic() + min(seconds, MAX_PAUSE_S))
+
+    # -- outages ---------------------------------------------------------------------------------------------------
+
+    def fails(self, request: int, why: str) -> bool:
+        """A failure of the kind that outages bring; True where it is taken for one and uses up no attempt."""
+        self._failed_in_a_row += 1
+        self._failing.add(request)
+        if self._down_since is None and self._failed_in_a_row >= OPEN_AFTER and len(self._failing) > 1:
+            self._down_since = time.monotonic()
+            say(f"models.{self.name}: nothing succeeds any more ({why}); waiting, trying again now and then")
+        return self.down
+
+    async def line_up(self, why: str) -> None:
+        """During an outage: wait in line for the turn to try. OutageError when it lasts too long."""
+        async with self._probe:
+            if self._down_since is None:
+                return
+            patience = PATIENCE_S if self.answered else FIRST_PATIENCE_S
+            if time.monotonic() + self._gap - self._down_since > patience:
+                raise OutageError(
+                    f"models.{self.name}: no answer for {time.monotonic() - self._down_since:.0f} s ({why}); "
+                    "stored answers are kept, run again when it is up"
+                )
+            await asyncio.sleep(self._gap)
+            self._gap = min(2 * self._gap, GAPS_S[1])
+
+    async def watch(self) -> None:
+        """Name a teacher from which nothing comes back; runs beside the requests until it is cancelled."""
+        told, first = 0.0, min(SILENT_S, self.timeout_s / 2)
+        while True:
+            await asyncio.sleep(first / 4)
+            silent = time.monotonic() - self.last_heard
+            told = told if silent > told else 0.0
+            if self.in_flight and silent > max(first, 2 * told):
+                told = silent
+                say(
+                    f"models.{self.name}: silent for {silent:.0f} s with {self.in_flight} requests in flight "
+                    f"(each may take {self.timeout_s:g} s)"
+                )
+
+
+class Rate:
+    """So many units a minute, evenly spaced: a burst at the start of each minute would be answered with 429."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self._seconds_a_unit = 60.0 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
+
+    def delay(self, units: float) -> float:
+        """Book `units`; seconds to wait until they may be used."""
+        if not self._seconds_a_unit:
+            return 0.0
+        now = time.monotonic()
+        start = max(now, self._free_at)
+        self._free_at = start + units * self._seconds_a_unit
+        return start - now
+
+    def correct(self, units: float) -> None:
+        """Book what a request has used beyond (or below) what was booked for it."""
+        self._free_at += units * self._seconds_a_unit

@@ -1,0 +1,170 @@
+"""Pacing, outages and lost causes, against a real server that keeps its own count."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from factory.errors import OutageError, TooManyFailures
+from factory.rows import Choice, Failure
+from tests.server import chat, error, serving
+from tests.test_ask import ask, asks, model_at, questions
+
+
+def limits(**fields: object) -> dict[str, object]:
+    return {"max_attempts": 3, "timeout_s": 5, "max_concurrency": 32} | fields
+
+
+async def test_requests_a_minute_are_spread_evenly(tmp_path: Path) -> None:
+    arrived: list[float] = []
+
+    async def script(body: dict, before: int) -> None:
+        arrived.append(time.monotonic())
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(rpm=1200))  # one every 50 ms
+        await ask(tmp_path, model, asks(model, questions(20)))
+    arrived.sort()
+    for first, later in zip(arrived, arrived[5:], strict=False):  # never more than the rate in any quarter of a second
+        assert later - first > 5 * 0.05 * 0.7
+
+
+async def test_tokens_a_minute_hold_back_by_what_answers_used(tmp_path: Path) -> None:
+    async with serving() as server:  # 15 tokens a request: 6000 a minute are 6.7 requests a second
+        model = model_at(server.url, limits=limits(tpm=6000, max_concurrency=2))
+        started = time.monotonic()
+        await ask(tmp_path, model, asks(model, questions(12)))
+    assert time.monotonic() - started > 1.0
+
+
+async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path) -> None:
+    arrived: list[float] = []
+    told: list[float] = []
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        arrived.append(time.monotonic())
+        if len(arrived) == 40:
+            told.append(time.monotonic())
+            return error(429, "slow down", **{"retry-after": "0.6"})
+        return None
+
+    async with serving(script, delay_s=0.02) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(100)))
+    after = [t for t in arrived if told[0] + 0.05 < t < told[0] + 0.6]
+    assert after == []
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+
+
+async def test_concurrency_finds_what_a_server_can_take(tmp_path: Path) -> None:
+    """A server that takes 6 at once: the window settles near it, most requests are not refused, none is lost."""
+    now, most, refused = 0, 0, 0
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        nonlocal now, most, refused
+        if now >= 6:
+            refused += 1
+            return error(429, "too many at once", **{"retry-after": "0.02"})
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+        return None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(600)))
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+    assert most == 6
+    assert refused < 120
+
+
+async def test_an_outage_is_waited_out_and_uses_up_no_attempt(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    began = 0.0
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        nonlocal began
+        if not began and sum(server.seen.values()) >= 60:
+            began = time.monotonic()
+        return error(500, "down") if began and time.monotonic() - began < 2.5 else None
+
+    async with serving(script, delay_s=0.01) as server:
+        model = model_at(server.url, limits=limits(max_attempts=2))
+        tally, answers = await ask(tmp_path, model, asks(model, questions(120)))
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+    assert tally.sent < 120 + 2 * 32 + 10  # a try each for those in flight, then a probe now and then
+    told = capfd.readouterr().err
+    assert "models.teacher: nothing succeeds any more (HTTP 500: down)" in told
+    assert "answers again" in told
+
+
+async def test_a_bad_error_rate_is_no_outage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every question fails at its first try: half of all that is sent fails, and nothing is paused."""
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        return error(500, "flaky") if before == 0 else None
+
+    async with serving(script, delay_s=0.01) as server:
+        model = model_at(server.url, limits=limits(max_concurrency=4))
+        tally, answers = await ask(tmp_path, model, asks(model, questions(40)))
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+    assert tally.sent == 80
+    assert "nothing succeeds" not in capfd.readouterr().err
+
+
+async def test_a_teacher_that_never_answered_is_not_waited_for_long(tmp_path: Path) -> None:
+    model = model_at("http://127.0.0.1:9/v1")
+    with pytest.raises(OutageError, match="cannot connect"):
+        await ask(tmp_path, model, asks(model, questions(1)))
+
+
+async def test_fewer_answers_than_n_are_topped_up(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        return chat(body, [f"text {before}"])  # one, whatever n is
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        tally, answers = await ask(tmp_path, model, asks(model, questions(1), n=3))
+        again, same = await ask(tmp_path, model, asks(model, questions(1), n=3))
+    assert [body.get("n", 1) for body in server.bodies] == [3, 2, 1]
+    assert [choice.text for choice in answers[0] if isinstance(choice, Choice)] == ["text 0", "text 1", "text 2"]
+    assert (tally.sent, again.sent) == (3, 0)
+    assert same == answers
+
+
+async def test_a_doomed_run_stops_early(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        number = int(body["messages"][-1]["content"].split()[-1])
+        return error(400, "no such parameter") if number % 2 else None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        with pytest.raises(TooManyFailures, match=r"20 of 400 draws have no answer.*bad_request"):
+            await ask(tmp_path, model, asks(model, questions(400)))
+    assert sum(server.seen.values()) < 200
+
+
+async def test_a_few_failures_do_not_stop_a_run(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        return error(400, "no such parameter") if body["messages"][-1]["content"].endswith("7") else None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        tally, answers = await ask(tmp_path, model, asks(model, questions(30)))
+    assert [i for i, draws in enumerate(answers) if isinstance(draws[0], Failure)] == [7, 17, 27]
+    assert len(tally.failures) == 3
+
+
+async def test_a_silent_teacher_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def script(body: dict, before: int) -> None:
+        if before == 0:
+            await asyncio.sleep(1.5)
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(timeout_s=2))
+        await ask(tmp_path, model, asks(model, questions(3)))
+    assert "models.teacher: silent for 1 s with 3 requests in flight" in capfd.readouterr().err

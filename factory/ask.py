@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -38,12 +38,21 @@ DOOMED_AFTER = 20
 
 @dataclass(slots=True)
 class Model:
-    """A model of the recipe, ready to be asked: its name there, its entry, what makes it itself, and who answers."""
+    """A model of the recipe, ready to be asked: its name there, its entry, what makes it itself, and who answers.
+
+    `async with model:` gives back what answering takes (a server, a process, connections) at its end.
+    """
 
     name: str
     entry: Entry
     identity: str
     teacher: Teacher
+
+    async def __aenter__(self) -> "Model":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.teacher.close()
 
 
 @dataclass(slots=True)
@@ -83,7 +92,6 @@ class Desk:
                     await asyncio.gather(*asking.workers, return_exceptions=True)
             finally:
                 watch.cancel()
-                await model.teacher.close()
                 await self.journal.flush()
             asking.finish()
         return asking.tally
@@ -117,7 +125,7 @@ class Desk:
                 if lacking and request.sampling.beam is not None:
                     yield request  # one joint answer: all ranks or none
                 elif lacking:
-                    for first, last in _runs(lacking):
+                    for first, last in runs(lacking):
                         yield msgspec.structs.replace(request, draw=request.draw + first, n=last - first + 1)
 
     def _read_leftovers(self, model: Model) -> None:
@@ -335,7 +343,7 @@ def _chunks(items: Iterable[Request], size: int) -> Iterator[list[Request]]:
         yield chunk
 
 
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Ascending numbers as ranges without holes: [0, 1, 3] -> (0, 1), (3, 3)."""
     first = last = numbers[0]
     for number in numbers[1:]:

@@ -60,15 +60,15 @@ class Examiner:
             max_tokens=self.knobs.max_tokens or (like.max_tokens if like else 1024),
             stop=like.stop if like else [],
         )
-        model = self.models.open(name)
-        asked = list(requests(self.prompts, model, asker, sampling, 1, self.seed))
-        tally = await self.desk.ask(model, asked, len(asked), f"evaluate {name}")
+        async with self.models.open(name) as model:
+            asked = list(requests(self.prompts, model, asker, sampling, lambda _: (0,), self.seed))
+            tally = await self.desk.ask(model, asked, len(asked), f"evaluate {name}")
         self.tallies.append(tally)
         outcomes = self.desk.read(model, asked, tally)
         return [
             sample
             for prompt, (request, outcome) in zip(self.prompts, outcomes, strict=True)
-            for sample in samples(prompt, request.messages, name, outcome)
+            for sample in samples(prompt, request, name, outcome)
         ]
 
     async def losses(self, name: str, view: Asker, answers: list[Sample]) -> list[tuple[float, int] | None]:

@@ -2,16 +2,24 @@
 
 Draws: sequence-level distillation from samples (n=1 greedy or nucleus; n>1 for best-of-N and rejection sampling).
 Beam: Kim & Rush 2016 section 3.2, the mode of the teacher's sequence distribution; `keep` best hypotheses.
+Until: rejection sampling with an early end. All prompts that still lack accepted answers are asked together, in rounds of
+fixed size, and the lowest accepted draws are taken: whenever a run is killed, and whatever n was before, the same ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
-from factory.ask import Model
+from factory.ask import Desk, Model, Tally, runs
 from factory.asking import AskKnob, Plain
 from factory.knobs import Knobs
+from factory.models import Models
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
 from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
@@ -33,11 +41,30 @@ class BeamKnobs(Knobs):
         return self
 
 
+class Until(Knobs):
+    """Draw until `accepted` answers pass the row filters that follow the stage, but `at_most` times a prompt."""
+
+    accepted: int = Field(1, gt=0)
+    at_most: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _within(self) -> "Until":
+        if self.accepted > self.at_most:
+            raise ValueError(f"accepted: {self.accepted} is more than at_most: {self.at_most}")
+        return self
+
+
 class Generate(Knobs):
-    """`generate:`; `ask` is what is said, the rest is how the answer is decoded, in vLLM's names."""
+    """`generate:`; `ask` is what is said, the rest is how the answer is decoded, in vLLM's names.
+
+    A list of models: each answers every prompt. A map with weights: each prompt goes to one of them, chosen by hash.
+    `fallback` answers where a model failed or refused. `want`: prompts are asked in order until that many rows pass the
+    row filters that follow.
+    """
 
     kind: Literal["generate"] = "generate"
-    model: str | list[str]
+    model: str | list[str] | dict[str, float] = Field(min_length=1)
+    fallback: str | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")
     ask: AskKnob = Plain()
@@ -52,24 +79,30 @@ class Generate(Knobs):
     stop: list[str] = []
     max_tokens: int = Field(1024, gt=0)
     beam: BeamKnobs | None = None
+    until: Until | None = None
+    want: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _one_way_to_decode(self) -> "Generate":
-        drawn = {"n", "temperature", "top_p", "top_k", "min_p"} & self.model_fields_set
+        drawn = {"n", "temperature", "top_p", "top_k", "min_p", "until"} & self.model_fields_set
         if self.beam and drawn:
             raise ValueError(f"beam search draws nothing at random: remove {', '.join(sorted(drawn))}, or beam")
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"temperature: 0 is greedy, so all n: {self.n} draws would be the same")
+        if self.until and "n" in self.model_fields_set:
+            raise ValueError("until decides how often to draw: remove n, or until")
+        if (self.n > 1 or self.until) and self.temperature == 0:
+            raise ValueError("temperature: 0 is greedy, so all draws would be the same")
+        if isinstance(self.model, dict) and (min(self.model.values()) < 0 or sum(self.model.values()) <= 0):
+            raise ValueError("weights of models must be 0 or more, and not all 0")
         return self
 
     @property
     def models(self) -> list[str]:
-        return [self.model] if isinstance(self.model, str) else self.model
+        return [self.model] if isinstance(self.model, str) else list(self.model)
 
     @property
     def draws(self) -> int:
-        """Samples planned per prompt and model."""
-        return self.beam.keep if self.beam else self.n
+        """Samples planned per prompt and model; with `until`, the most that can be."""
+        return self.beam.keep if self.beam else self.until.at_most if self.until else self.n
 
     def sampling(self) -> Sampling:
         names = set(Sampling.__struct_fields__) - {"beam"}
@@ -88,21 +121,33 @@ Asker = Callable[[Prompt], list[Message]]
 """What is said to a model for a prompt: an opened `ask` with the run's seed."""
 
 
+Draws = Callable[[Prompt], Sequence[int]]
+"""Which draws of a prompt, ascending."""
+
+
+Read = Callable[[], Iterator[list[Sample]]]
+"""Reads the samples of each prompt in turn, from the journal, as often as it is called."""
+
+
 def requests(
-    prompts: Iterable[Prompt], model: Model, asker: Asker, sampling: Sampling, draws: int, seed: int
+    prompts: Iterable[Prompt], model: Model, asker: Asker, sampling: Sampling, draws: Draws, seed: int
 ) -> Iterator[Request]:
     """The requests of one model, in prompt order.
 
     A seed is a function of run seed, prompt and draw, so order, subset and batch change nothing. Endpoints whose
     seeds cannot be trusted get one request with `n` (the prompt is billed once), and no seed is claimed.
     """
+    together = sampling.beam is not None or isinstance(model.entry, OpenAI) or sampling.temperature == 0
     for prompt in prompts:
-        common = {"identity": model.identity, "messages": asker(prompt), "sampling": sampling, "prompt": prompt.id}
-        if sampling.beam is not None or isinstance(model.entry, OpenAI) or sampling.temperature == 0:
-            yield Request(n=draws, **common)  # type: ignore[arg-type]
+        if not (wanted := draws(prompt)):
+            continue
+        base = Request(identity=model.identity, messages=asker(prompt), sampling=sampling, prompt=prompt.id)
+        if together:
+            for first, last in runs(wanted):
+                yield replace(base, draw=first, n=last - first + 1)
         else:
-            for draw in range(draws):
-                yield Request(draw=draw, seed=draw_seed(seed, prompt, draw), **common)  # type: ignore[arg-type]
+            for draw in wanted:
+                yield replace(base, draw=draw, seed=draw_seed(seed, prompt, draw))
 
 
 def draw_seed(seed: int, prompt: Prompt, draw: int) -> int:
@@ -110,38 +155,32 @@ def draw_seed(seed: int, prompt: Prompt, draw: int) -> int:
     return int(digest(seed, prompt.id, draw, size=4), 16) >> 1
 
 
-def samples(
-    prompt: Prompt, asked: list[Message], model: str, outcomes: Iterable[Choice | Failure], first_draw: int = 0
-) -> Iterator[Sample]:
+def samples(prompt: Prompt, request: Request, model: str, outcomes: Iterable[Choice | Failure]) -> Iterator[Sample]:
     """One sample per draw; a draw without an answer is a sample that failed, with its reason."""
-    for draw, outcome in enumerate(outcomes, first_draw):
-        key = Sample.key(prompt, asked, model, draw)
+    for draw, outcome in enumerate(outcomes, request.draw):
+        key = Sample.key(prompt, request.messages, model, draw)
+        common = {"id": key, "prompt": prompt, "asked": request.messages, "model": model, "draw": draw}
         if isinstance(outcome, Failure):
-            verdict = Verdict(
-                filter="generate", keep=None, reason=outcome.reason, evidence=outcome.detail[:500] or None
-            )
-            yield Sample(
-                id=key,
-                prompt=prompt,
-                asked=asked,
-                response="",
-                model=model,
-                draw=draw,
-                finish="failed",
-                verdicts=[verdict],
-            )
+            evidence = outcome.detail[:500] or None
+            verdict = Verdict(filter="generate", keep=None, reason=outcome.reason, evidence=evidence)
+            yield Sample(response="", finish="failed", verdicts=[verdict], **common)  # type: ignore[arg-type]
         else:
             yield Sample(
-                id=key, prompt=prompt, asked=asked, response=outcome.text, model=model, draw=draw, finish=outcome.finish,
-                reasoning=outcome.reasoning, logprob=outcome.logprob, tokens=outcome.tokens,
+                response=outcome.text, finish=outcome.finish, reasoning=outcome.reasoning, logprob=outcome.logprob,
+                tokens=outcome.tokens, **common,  # type: ignore[arg-type]
             )  # fmt: skip
 
 
-def from_reference(prompt: Prompt, entry: Reference, model: str) -> Sample:
+def from_reference(prompt: Prompt, entry: Reference, model: str) -> list[Sample]:
     """The prompt's own ground truth as a sample."""
     outcome = entry.answer(prompt)
     picked: Choice | Failure = outcome.choices[0] if isinstance(outcome, Reply) else outcome
-    return next(samples(prompt, prompt.messages, model, [picked]))
+    return list(samples(prompt, _plain(prompt), model, [picked]))
+
+
+def _plain(prompt: Prompt, draw: int = 0) -> Request:
+    """A prompt as it stands, for answers that nobody was asked for."""
+    return Request(identity="", messages=prompt.messages, sampling=Sampling(), draw=draw)
 
 
 def given(prompts: Iterable[Prompt]) -> Iterator[Sample]:
@@ -151,4 +190,143 @@ def given(prompts: Iterable[Prompt]) -> Iterator[Sample]:
         if prompt.completion is not None:
             draw = drawn.get(prompt.id, 0)
             drawn[prompt.id] = draw + 1
-            yield from samples(prompt, prompt.messages, "given", [Choice(text=prompt.completion, finish="stop")], draw)
+            yield from samples(prompt, _plain(prompt, draw), "given", [Choice(text=prompt.completion, finish="stop")])
+
+
+# -- the stage -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Teaching:
+    """A stage at work. `accept` says what the following row filters have against a sample, `refused` whether it refuses.
+
+    `planned` counts the draws that were asked for so far, `tallies` what that took.
+    """
+
+    knobs: Generate
+    models: Models
+    desk: Desk
+    asker: Asker
+    seed: int
+    accept: Callable[[Sample], Verdict | None]
+    refused: Callable[[Sample], bool]
+    planned: int = 0
+    tallies: list[Tally] = field(default_factory=list)
+
+    async def samples(self, prompts: Sequence[Prompt]) -> AsyncIterator[Sample]:
+        """All samples in prompt order. Each model answers its prompts before the next one starts: one fits in memory."""
+        done = accepted = 0
+        while done < len(prompts) and (self.knobs.want is None or accepted < self.knobs.want):
+            chunk = prompts[done : done + self._chunk(done, accepted, len(prompts))]
+            done += len(chunk)
+            shares = {name: [p for p in chunk if name in self._answering(p)] for name in self.knobs.models}
+            answers = {name: await self._answers(name, share) for name, share in shares.items() if share}
+            for prompt in chunk:
+                for sample in (sample for name in self._answering(prompt) for sample in next(answers[name])):
+                    kept = self._within(sample, accepted)
+                    accepted += self.knobs.want is not None and kept.ending == "kept" and self.accept(kept) is None
+                    yield kept
+
+    def _chunk(self, done: int, accepted: int, total: int) -> int:
+        """How many prompts to ask next: what can be expected to give at most what is still wanted."""
+        if self.knobs.want is None:
+            return total
+        missing = self.knobs.want - accepted
+        return missing if done == 0 else max(missing, math.ceil(missing * done / max(accepted, 1) / 2))
+
+    def _within(self, sample: Sample, accepted: int) -> Sample:
+        if sample.ending != "kept" or self.knobs.want is None or accepted < self.knobs.want:
+            return sample
+        return sample.judged(Verdict(filter="generate", keep=False, reason="over_want"))
+
+    def _answering(self, prompt: Prompt) -> list[str]:
+        """The models that answer a prompt: all of them, or the one that it falls to by weight."""
+        if not isinstance(self.knobs.model, dict):
+            return self.knobs.models
+        point = int(digest("model", self.seed, prompt.id, size=8), 16) / 2**64 * sum(self.knobs.model.values())
+        for name, weight in self.knobs.model.items():
+            point -= weight
+            if point < 0:
+                return [name]
+        return [name]  # only rounding leads here
+
+    async def _answers(self, name: str, prompts: list[Prompt]) -> Iterator[list[Sample]]:
+        """Ask one model; the samples of each prompt in turn."""
+        entry = self.models.entry(name)
+        if isinstance(entry, Reference):
+            self.planned += len(prompts)
+            return (from_reference(prompt, entry, name) for prompt in prompts)
+        async with self.models.open(name) as model:
+            if self.knobs.until is not None:
+                return await self._until(self.knobs.until, model, prompts)
+            return (await self._draw(model, prompts, lambda _: range(self.knobs.draws)))()
+
+    async def _until(self, until: Until, model: Model, prompts: list[Prompt]) -> Iterator[list[Sample]]:
+        """Rounds of `accepted` draws, for the prompts that still lack accepted answers."""
+        rounds: list[tuple[set[str], Iterator[list[Sample]]]] = []
+        good: Counter[str] = Counter()
+        pending = prompts
+        for first in range(0, until.at_most, until.accepted):
+            drawn = range(first, min(first + until.accepted, until.at_most))
+            read = await self._draw(model, pending, lambda _, drawn=drawn: drawn)  # type: ignore[misc]
+            rounds.append(({prompt.id for prompt in pending}, read()))
+            for prompt, found in zip(pending, read(), strict=True):
+                good[prompt.id] += sum(s.ending == "kept" and self.accept(s) is None for s in found)
+            pending = [prompt for prompt in pending if good[prompt.id] < until.accepted]
+            if not pending:
+                break
+        tried = ([s for ids, found in rounds if prompt.id in ids for s in next(found)] for prompt in prompts)
+        return (self._lowest(found, until.accepted) for found in tried)
+
+    def _lowest(self, tried: list[Sample], wanted: int) -> list[Sample]:
+        """The lowest accepted draws stay; the others are dropped with what the filter says of them."""
+        kept, out = 0, []
+        for sample in tried:
+            verdict = self.accept(sample) if sample.ending == "kept" else None
+            if verdict is None and sample.ending == "kept":
+                kept += 1
+                verdict = Verdict(filter="generate", keep=False, reason="surplus") if kept > wanted else None
+            out.append(sample.judged(verdict) if verdict else sample)
+        return out
+
+    async def _draw(self, model: Model, prompts: list[Prompt], draws: Draws) -> Read:
+        """Ask for some draws of each prompt, and the fallback for those that failed or were refused."""
+        self.planned += sum(len(draws(prompt)) for prompt in prompts)
+        read = await self._ask(model, prompts, draws)
+        if self.knobs.fallback is None:
+            return read
+        lacking = {
+            prompt.id: [s.draw for s in found if s.ending != "kept" or self.refused(s)]
+            for prompt, found in zip(prompts, read(), strict=True)
+        }
+        await model.teacher.close()  # two local models at once may not fit; it opens again at its next request
+        async with self.models.open(self.knobs.fallback) as other:
+            read_other = await self._ask(other, prompts, lambda prompt: lacking[prompt.id])
+        return lambda: (_mended(found, others) for found, others in zip(read(), read_other(), strict=True))
+
+    async def _ask(self, model: Model, prompts: list[Prompt], draws: Draws) -> Read:
+        """Ask what is not stored."""
+        sampling = self.knobs.sampling()
+        asked = partial(requests, prompts, model, self.asker, sampling, draws, self.seed)
+        total = sum(len(draws(prompt)) for prompt in prompts)
+        tally = await self.desk.ask(model, asked(), total, f"generate {model.name}")
+        self.tallies.append(tally)
+        return lambda: _by_prompt(prompts, self.desk.read(model, asked(), tally), model.name)
+
+
+def _mended(found: list[Sample], others: list[Sample]) -> list[Sample]:
+    """A prompt's samples with those of the fallback in the place of what they stand in for."""
+    better = {other.draw: other for other in others if other.ending == "kept"}
+    return [replace(better[s.draw], parents=[s.id]) if s.draw in better else s for s in found]
+
+
+def _by_prompt(prompts: list[Prompt], read: Iterator[Any], model: str) -> Iterator[list[Sample]]:
+    """Outcomes as they come (one or several requests a prompt) as one list of samples per prompt."""
+    waiting = next(read, None)
+    for prompt in prompts:
+        collected: list[Sample] = []
+        while waiting is not None and waiting[0].prompt == prompt.id:
+            request, outcomes = waiting
+            collected += samples(prompt, request, model, outcomes)
+            waiting = next(read, None)
+        yield collected

@@ -52,7 +52,8 @@ async def judge(
                 prompt=sample.prompt.id,
             )
 
-    tally = await desk.ask(model, requests(), total, f"judge {model.name}")
+    async with model:
+        tally = await desk.ask(model, requests(), total, f"judge {model.name}")
     outcomes = desk.read(model, requests(), tally)
     name = knobs.as_ or rubric.name
     scored = (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from factory.choose import Choose, choose
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures
 from factory.evaluate import Evaluate, Examiner, evaluate
-from factory.generate import Asker, Generate, Given, from_reference, given, requests, samples
+from factory.filters.rules import NoRefusal
+from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import Judge, judge
 from factory.models import Models
@@ -38,7 +39,6 @@ from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
-from factory.teachers.reference import Reference
 from factory.train import Train, train
 from factory.weights import Weights
 
@@ -141,14 +141,15 @@ class Work:
         prompts = [self.prompts.digest(name) for name in step.sets]
         models = [self.models.identity(name) for name in self._asked(step)]
         files = [digest(find(path).read_text(errors="replace")) for path in _files(step)]
-        return digest(
-            step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed, size=4
-        )
+        facts = [step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed]
+        if isinstance(step.knobs, Generate) and (step.knobs.until or step.knobs.want):
+            facts.append([stage.model_dump(mode="json") for stage in self._filters_after(step)])
+        return digest(*facts, size=4)
 
     def _asked(self, step: Step) -> list[str]:
         match step.knobs:
             case Generate() as knobs:
-                return knobs.models
+                return [*knobs.models, *([knobs.fallback] if knobs.fallback else [])]
             case Judge() as knobs:
                 return [knobs.model]
             case Train() as knobs:
@@ -226,26 +227,26 @@ class Work:
     # -- the steps that are more than a generator --------------------------------------------------------------------------
 
     def _generate(self, knobs: Generate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
-        """Ask each model in turn (one local model at a time fits in memory), then collect in prompt order."""
-        prompts = list(self._prompts(step))
-        asker, planned = self.asker(knobs), len(prompts) * knobs.draws * len(knobs.models)
-        collected: list[Iterator[Iterable[Sample]]] = []
-        tallies = []
-        for name in knobs.models:
-            entry = self.models.entry(name)
-            if isinstance(entry, Reference):
-                collected.append(iter([from_reference(prompt, entry, name)]) for prompt in prompts)
-                continue
-            model = self.models.open(name)
-            asked = partial(requests, prompts, model, asker, knobs.sampling(), knobs.draws, self.recipe.seed)
-            tally = asyncio.run(self.desk.ask(model, asked(), len(prompts) * knobs.draws, f"generate {name}"))
-            tallies.append(tally)
-            collected.append(_by_prompt(prompts, self.desk.read(model, asked(), tally), name))
-        for of_prompt in zip(*collected, strict=True):
-            for sample in chain.from_iterable(of_prompt):
+        looked_at = self._filters_after(step) if knobs.until or knobs.want else []
+        filters = [f for stage in looked_at for f in row_filters(stage, self.models)]
+        teaching = Teaching(
+            knobs, self.models, self.desk, self.asker(knobs), self.recipe.seed,
+            accept=partial(accepts, filters), refused=lambda sample: not NoRefusal().check(sample).keep,
+        )  # fmt: skip
+
+        async def collect() -> None:
+            async for sample in teaching.samples(list(self._prompts(step))):
                 out.put(sample)
-        facts |= _cost(tallies)
-        return planned
+
+        asyncio.run(collect())
+        facts |= _cost(teaching.tallies)
+        return teaching.planned
+
+    def _filters_after(self, step: Step) -> list[Curate]:
+        """The `filter` stages right behind a `generate`: what an accepted answer is."""
+        stages = self.recipe.stages
+        at = next(i for i, stage in enumerate(stages) if stage is step.knobs)
+        return list(takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :]))
 
     def _judge(self, knobs: Judge, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
         total, model = self._rows_in(step), self.models.open(knobs.model)
@@ -350,18 +351,6 @@ class Work:
 
 def _rows(folders: list[StageFolder], kind: Any) -> Iterator[Any]:
     return chain.from_iterable(folder.rows(kind) for folder in folders)
-
-
-def _by_prompt(prompts: list[Prompt], read: Iterator[Any], model: str) -> Iterator[list[Sample]]:
-    """Outcomes as they come (one or several requests a prompt) as one list of samples per prompt."""
-    waiting = next(read, None)
-    for prompt in prompts:
-        collected: list[Sample] = []
-        while waiting is not None and waiting[0].prompt == prompt.id:
-            request, outcomes = waiting
-            collected += samples(prompt, request.messages, model, outcomes, request.draw)
-            waiting = next(read, None)
-        yield collected
 
 
 def _put_all(out: StageWriter, rows: Iterable[Row], label: str = "", total: int = 0) -> int:

@@ -266,6 +266,8 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
         for name in sources:
             if name not in sets | made:
                 yield (*at, "from"), f"there is no prompt list or earlier stage {name!r}; {_nearest(name, sets | made)}"
+        if isinstance(stage, Generate) and stage.until and not _next_is_filter(recipe, i):
+            yield (*at, "until"), "until needs a filter right behind this stage: it says which answers are accepted"
         if isinstance(stage, Train):
             for problem in check_args(stage.method, stage.args):
                 yield (*at, "args"), problem
@@ -278,10 +280,16 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
             made.add(stage.as_)
 
 
+def _next_is_filter(recipe: Recipe, i: int) -> bool:
+    return i + 1 < len(recipe.stages) and isinstance(recipe.stages[i + 1], Curate)
+
+
 def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
     match stage:
         case Generate():
             yield from (("model", name) for name in stage.models)
+            if stage.fallback:
+                yield "fallback", stage.fallback
         case Judge():
             yield "model", stage.model
         case Train():

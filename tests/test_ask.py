@@ -40,7 +40,8 @@ async def ask(
 ) -> tuple[Tally, list[list[Choice | Failure]]]:
     with Journal(folder / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(budget or Budget(), journal.spent("run")), "run")
-        tally = await desk.ask(model, requests, len(requests), "test")
+        async with model:
+            tally = await desk.ask(model, requests, len(requests), "test")
         return tally, [outcomes for _, outcomes in desk.read(model, requests, tally)]
 
 

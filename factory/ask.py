@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import tenacity
 
-from factory.budget import Wall
-from factory.errors import FactoryError, Interrupted, OutageError, TooManyFailures
+from factory.budget import Hold, Wall
+from factory.errors import BudgetError, FactoryError, Interrupted, OutageError, TooManyFailures
 from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
@@ -147,6 +147,8 @@ class _Round:
         self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []
+        self._holding = 0
+        self._settled = asyncio.Event()
 
     def reuse(self, draws: int) -> None:
         self.tally.reused += draws
@@ -242,8 +244,29 @@ class _Round:
 
     async def _send(self, request: Request) -> Outcome:
         """Reserve, commit the intent, send, commit the body, read it, file it: in this order."""
+        hold = await self._reserve(request)
+        try:
+            return await self._exchange(request, hold)
+        finally:
+            self._holding -= 1
+            self._settled.set()
+
+    async def _reserve(self, request: Request) -> Hold:
+        """Hold the worst case. Where it does not fit, what is in flight may turn out cheaper: wait for that first."""
+        while True:
+            try:
+                hold = self.desk.wall.reserve(request, self.model.entry, self.model.name)
+            except BudgetError:
+                if not self._holding:
+                    raise
+                self._settled.clear()
+                await self._settled.wait()
+            else:
+                self._holding += 1
+                return hold
+
+    async def _exchange(self, request: Request, hold: Hold) -> Outcome:
         desk, model, entry = self.desk, self.model, self.model.entry
-        hold = desk.wall.reserve(request, entry, model.name)
         attempt = await desk.journal.begin(desk.run, request, str(hold.usd), hold.prompt_tokens)
         self.tally.sent += 1
         answer = await model.teacher.send(request)

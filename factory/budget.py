@@ -43,7 +43,7 @@ class Wall:
         self.requests = spent.requests
         self.tokens = spent.prompt_tokens + spent.completion_tokens
         self.usd = Decimal(str(spent.usd))
-        self._started = time.monotonic()
+        self._hours, self._started = spent.hours, time.monotonic()
 
     def reserve(self, request: Request, entry: Entry, model: str) -> Hold:
         """Hold the worst case of `request`; BudgetError when it does not fit under the wall."""
@@ -53,7 +53,7 @@ class Wall:
             )
         hold = Hold(request, entry.price)
         b = self.budget
-        hours = (time.monotonic() - self._started) / 3600
+        hours = self._hours + (time.monotonic() - self._started) / 3600
         for name, would_be, limit in (
             ("usd", self.usd + hold.usd, b.usd),
             ("requests", self.requests + 1, b.requests),

@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from factory.rows import Failure, Request, Usage, digest
 
 VERSION = 1
 COMPRESS_OVER_BYTES = 4096
+TICK_S = 5.0
+"""How often the time that a run is at work is written down: what a kill may lose of it."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempt (
@@ -42,6 +45,7 @@ CREATE TABLE IF NOT EXISTS answer (
     key TEXT PRIMARY KEY, identity TEXT NOT NULL, draw INTEGER NOT NULL, attempt INTEGER NOT NULL,
     choice INTEGER NOT NULL, finish TEXT NOT NULL, tokens INTEGER, max_tokens INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS session (id INTEGER PRIMARY KEY, run TEXT NOT NULL, seconds REAL NOT NULL) STRICT;
 """
 # status of an attempt: sent -> stored -> read, or -> failed; `sent` in an old run means: outcome unknown
 
@@ -83,7 +87,10 @@ class Stored(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Totals of a run over all its attempts; unknown outcomes count at what was reserved for them."""
+    """Totals of a run over all its attempts; unknown outcomes count at what was reserved for them.
+
+    `seconds` is compute time of local models, `hours` is time that the run was at work, all its starts together.
+    """
 
     requests: int
     prompt_tokens: int
@@ -91,6 +98,7 @@ class Spent(NamedTuple):
     usd: float
     seconds: float
     unknown: int
+    hours: float = 0.0
 
 
 class Journal:
@@ -113,6 +121,7 @@ class Journal:
             raise DiskError(
                 f"cannot open the journal {path}: {e.strerror}; check the folder's permissions and space"
             ) from None
+        self._tick: Callable[[sqlite3.Connection], Any] | None = None
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
         self._writer.start()
 
@@ -139,14 +148,33 @@ class Journal:
 
     # -- writing: everything goes through one thread, which commits in groups ------------------------------------
 
+    def clock(self, run: str) -> None:
+        """Count the time from now on as time at work of a run; it is written down every few seconds."""
+        sql = "INSERT INTO session (run, seconds) VALUES (?, 0)"
+        session: int = self._write(lambda db: db.execute(sql, [run]).lastrowid).result()
+        started = time.monotonic()
+        self._tick = lambda db: db.execute(
+            "UPDATE session SET seconds=? WHERE id=?", [time.monotonic() - started, session]
+        )
+
     def _write_loop(self) -> None:
-        while (op := self._ops.get()) is not None:
-            batch = [op]
+        ticked = time.monotonic()
+        while True:
+            batch = []
+            with suppress(queue.Empty):
+                if (op := self._ops.get(timeout=TICK_S)) is None:
+                    return
+                batch.append(op)
+            if self._tick is not None and time.monotonic() - ticked >= TICK_S:
+                ticked = time.monotonic()
+                batch.append((self._tick, Future()))
             while len(batch) < 500 and not self._ops.empty():
                 if (more := self._ops.get()) is None:
                     self._ops.put(None)
                     break
                 batch.append(more)
+            if not batch:
+                continue
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 results = [act(self._db) for act, _ in batch]
@@ -245,7 +273,8 @@ class Journal:
             " FROM attempt WHERE run=?",
             [run],
         )[0]
-        return Spent(*row)
+        hours = self._read("SELECT coalesce(sum(seconds),0) / 3600 FROM session WHERE run=?", [run])[0][0]
+        return Spent(*row)._replace(hours=hours)
 
     def _read(self, sql: str, values: list[Any]) -> list[Any]:
         db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=30)
@@ -257,6 +286,8 @@ class Journal:
     def close(self) -> None:
         """Finish what is queued, fold the write-ahead log in, release the lock."""
         if self._writer.is_alive():
+            if self._tick is not None:
+                self._ops.put((self._tick, Future()))
             self._ops.put(None)
             self._writer.join()
         self._db.close()

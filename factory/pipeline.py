@@ -83,6 +83,7 @@ class Work:
         self.made: dict[int, StageFolder] = {}
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
+        journal.clock(recipe.name)
         self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name, max_failed)
 
     def begin(self) -> None:

@@ -40,6 +40,7 @@ async def ask(
 ) -> tuple[Tally, list[list[Choice | Failure]]]:
     with Journal(folder / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(budget or Budget(), journal.spent("run")), "run")
+        journal.clock("run")
         async with model:
             tally = await desk.ask(model, requests, len(requests), "test")
         return tally, [outcomes for _, outcomes in desk.read(model, requests, tally)]
@@ -221,6 +222,25 @@ async def test_the_budget_is_never_passed(tmp_path: Path, budget: Budget) -> Non
     assert budget.requests is None or spent <= budget.requests
     assert budget.tokens is None or spent * 15 <= budget.tokens
     assert budget.usd is None or spent * Decimal(15) / 1_000_000 <= budget.usd
+
+
+async def test_a_budget_that_fits_the_work_is_enough(tmp_path: Path) -> None:
+    """Eight requests in flight reserve more than there is; what they give back is used all the same."""
+    async with serving(delay_s=0.02) as server:
+        model = model_at(server.url, price={"input": 1, "output": 1})
+        requests = asks(model, questions(40), max_tokens=100)  # held: about 150 tokens a request; used: 15
+        tally, _ = await ask(tmp_path, model, requests, Budget(tokens=40 * 15 + 150))
+    assert tally.sent == 40
+
+
+async def test_hours_count_all_starts_together(tmp_path: Path) -> None:
+    async with serving(delay_s=0.1) as server:
+        model = model_at(server.url, limits={"max_concurrency": 1})
+        requests = asks(model, questions(100))
+        for _ in range(2):
+            with pytest.raises(BudgetError, match="hours"):
+                await ask(tmp_path, model, requests, Budget(hours=0.6 / 3600))
+    assert 2 <= sum(server.seen.values()) <= 8
 
 
 async def test_money_without_a_price_is_refused(tmp_path: Path) -> None:

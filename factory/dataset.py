@@ -96,8 +96,10 @@ def _is_text(row: TrainRow | Pair) -> bool:
     return [m["role"] for m in row.prompt] == ["user"] and all(len(answer) == 1 for answer in answers)
 
 
-def write(folder: Path, *, name: str, configs: list[Config], card: dict[str, Any]) -> None:
+def write(folder: Path, *, name: str, configs: list[Config], card: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Write the whole folder beside its place and swap it in, so that stale files go and half a data set never shows.
+
+    Returns the rows of each split by config.
 
     `card`: {"recipe": name, "funnel": [stage manifests], "teachers": {name: {"model", "terms"}},
     "prompts": [{"name", "path"}]}.
@@ -116,6 +118,7 @@ def write(folder: Path, *, name: str, configs: list[Config], card: dict[str, Any
     partial.rename(folder)
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+    return {label: form.rows for label, form in zip(_labels(forms), forms, strict=True)}
 
 
 def _places(forms: list[Form]) -> list[str]:

@@ -46,6 +46,7 @@ def findings(report: Row) -> list[str]:
         *_of_evaluation(report),
         *_of_training(report),
         *_of_data(report),
+        *_of_cost(report.get("spent", {})),
         *_of_pairs(report),
     ]
 
@@ -177,6 +178,16 @@ def _of_data(report: Row) -> Iterator[str]:
     failed = sum(row["failed"] for row in stages)
     if failed:
         yield f"{failed:,} rows could not be told good or bad (failed): they are missing from the data, not judged bad."
+
+
+def _of_cost(spent: Row) -> Iterator[str]:
+    if spent.get("usd_a_row"):
+        yield f"Cost: {spent['usd']:.4g} USD for {spent['rows']:,} rows, {spent['usd_a_row']:.3g} USD a row."
+    if spent.get("seconds_a_row"):
+        told = f"Compute of local models: {spent['seconds']:,.0f} s for {spent['rows']:,} rows"
+        yield f"{told}, {spent['seconds_a_row']:.2g} s a row."
+    if spent.get("unknown"):
+        yield f"{spent['unknown']:,} requests were in flight when the run was cut off: they may have been billed twice."
 
 
 def _of_pairs(report: Row) -> Iterator[str]:

@@ -81,6 +81,7 @@ class Work:
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
+        self.rows: dict[str, dict[str, int]] = {}
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
         journal.clock(recipe.name)
@@ -104,8 +105,10 @@ class Work:
         versions = {"factory": __version__, "python": platform.python_version()}
         recipe_hash = digest(self.recipe.model_dump(mode="json", by_alias=True))
         facts = {"name": self.recipe.name, "recipe_hash": recipe_hash, "seed": self.recipe.seed, "status": status}
+        spent = self.journal.spent(self.recipe.name)._asdict()
         lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
-        write_json(self.folder / "manifest.json", {**facts, "stages": folders, "versions": versions, "prompts": lists})
+        whole = {**facts, "stages": folders, "versions": versions, "prompts": lists, "spent": spent, "rows": self.rows}
+        write_json(self.folder / "manifest.json", whole)
 
     def check_failures(self, steps: list[Step]) -> None:
         """TooManyFailures where more draws than the limit allows have no answer; everything else is done by then."""
@@ -328,7 +331,9 @@ class Work:
             configs.append(
                 dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test)
             )
-        dataset.write(self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps))
+        self.rows = dataset.write(
+            self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps)
+        )
 
     def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
         """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""

@@ -60,6 +60,7 @@ def collect(run: Path) -> dict[str, Any]:
         "comparisons": list(chain.from_iterable(e["comparisons"] for e in evaluations)),
         "measures": {k: v for e in evaluations for k, v in e.get("measures", {}).items()},
         "stages": [_cost(told) for _, told in stages],
+        "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
@@ -100,6 +101,14 @@ def _cost(manifest: dict[str, Any]) -> dict[str, Any]:
         "tokens": manifest.get("tokens", {"prompt": 0, "completion": 0}),
         "usd": manifest.get("usd", "0"),
     }
+
+
+def _spent(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the run has spent over all its starts, and what a row of the data set's last config has cost by that."""
+    spent = manifest.get("spent", {})
+    rows = next((splits["train"] for splits in reversed(manifest.get("rows", {}).values())), 0)
+    a_row = {f"{unit}_a_row": spent[unit] / rows for unit in ("usd", "seconds") if rows and unit in spent}
+    return {**spent, "rows": rows, **a_row}
 
 
 def _training(folder: StageFolder, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,19 @@ def manifests(run: Path) -> list[dict[str, Any]]:
     return [json.loads((run / name / "manifest.json").read_text()) for name in names]
 
 
+def test_the_cost_of_a_row_counts_all_starts_of_the_run(tmp_path: Path) -> None:
+    run = whole(tmp_path / "books")
+    manifest = json.loads((run / "manifest.json").read_text())
+    spent = {"usd": 0.5, "seconds": 90.0, "requests": 300, "unknown": 2, "hours": 0.1}
+    rows = {"first": {"train": 7, "test": 0}, "last": {"train": 25, "test": 3}}
+    (run / "manifest.json").write_text(json.dumps({**manifest, "spent": spent, "rows": rows}))
+    told = report.build(run)
+    assert (told["spent"]["usd_a_row"], told["spent"]["seconds_a_row"], told["spent"]["rows"]) == (0.02, 3.6, 25)
+    assert "Cost: 0.5 USD for 25 rows, 0.02 USD a row." in told["findings"]
+    assert "Compute of local models: 90 s for 25 rows, 3.6 s a row." in told["findings"]
+    assert any(line.startswith("2 requests were in flight") for line in told["findings"])
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ The map, in the order that data flows (a file imports only from files above it):
     report                  one page and one JSON
     recipe                  all stages' knobs as one typed file
     run, pipeline           the run folder; the whole run on one screen
+    ledger, spending        the journal from outside: verify, purge; stats
+    exchange                the journal elsewhere: export, import
     cli                     verbs
 """
 

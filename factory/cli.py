@@ -68,7 +68,30 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", type=Path, help="a run's name, or its folder")
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     verb.set_defaults(verb=_show)
+    _journal_verbs(verbs.add_parser("journal", help="what was paid for: stats, verify, export, import, purge"))
     return parser
+
+
+def _journal_verbs(journal: argparse.ArgumentParser) -> None:
+    verbs = journal.add_subparsers(title="verbs", metavar="VERB", dest="what", required=True)
+    stats = verbs.add_parser("stats", help="requests, tokens, money, failures and waste of each run and model")
+    stats.add_argument("--json", action="store_true", help="for programs")
+    verify = verbs.add_parser("verify", help="check every stored answer; exit code 11 names the damaged rows")
+    export = verbs.add_parser("export", help="write what was paid for as JSON lines, for another machine")
+    export.add_argument("file", metavar="FILE", help="a new file, or - for stdout")
+    imports = verbs.add_parser("import", help="take in an export or another journal; what is here already is kept")
+    imports.add_argument("file", metavar="FILE", type=Path, help="an export, or a journal.sqlite")
+    purge = verbs.add_parser("purge", help="forget answers for good; what they cost stays counted")
+    purge.add_argument("--yes", action="store_true", help="do it; without it, only say what would be forgotten")
+    which = purge.add_mutually_exclusive_group(required=True)
+    for some in (export, which):
+        some.add_argument("--prompt", metavar="ID", help="a prompt's id, the beginning of it, or its text")
+        some.add_argument("--run", help="a run's name, as `stats` shows it")
+        some.add_argument("--model", metavar="ID", help="a model's identity, as `stats` shows it")
+    which.add_argument("--failed", action="store_true", help="requests that brought no answer")
+    for verb in (stats, verify, export, imports, purge):
+        verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+        verb.set_defaults(verb=_journal)
 
 
 def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
@@ -131,6 +154,28 @@ def _show(arguments: argparse.Namespace) -> int:
     if not (folder / "manifest.json").is_file():
         raise RecipeError(f"there is no run {str(arguments.run)!r} in {arguments.runs}/; `factory ls` lists them")
     print(describe(folder))
+    return 0
+
+
+def _journal(arguments: argparse.Namespace) -> int:
+    import json
+
+    from factory import exchange, ledger, spending
+    from factory.progress import say
+
+    path, a = arguments.runs / "journal.sqlite", arguments
+    match a.what:
+        case "stats":
+            counted = spending.stats(path)
+            print(json.dumps(counted, indent=2) if a.json else spending.as_text(counted))
+        case "verify":
+            print(ledger.verify(path, print))
+        case "export":
+            say(exchange.export(path, a.file, say, a.prompt, a.run, a.model))
+        case "import":
+            print(exchange.merge(path, a.file, say))
+        case "purge":
+            print(ledger.purge(path, prompt=a.prompt, run=a.run, model=a.model, failed=a.failed, sure=a.yes))
     return 0
 
 

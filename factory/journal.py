@@ -14,6 +14,7 @@ import os
 import queue
 import socket
 import sqlite3
+import struct
 import threading
 import time
 import zlib
@@ -210,7 +211,7 @@ class Journal:
     async def store(self, attempt: int, body: bytes) -> None:
         """Commit the raw body, before anything reads it."""
         sql = "UPDATE attempt SET status='stored', ended=?, body=? WHERE id=?"
-        row = (time.time(), _pack(body), attempt)
+        row = (time.time(), pack(body), attempt)
         await asyncio.wrap_future(self._write(lambda db: db.execute(sql, row)))
 
     def file(self, attempt: int, answers: list[tuple[str, int | None]], usage: Usage, usd: str) -> Future[Any]:
@@ -277,7 +278,7 @@ class Journal:
         return Spent(*row)._replace(hours=hours)
 
     def _read(self, sql: str, values: list[Any]) -> list[Any]:
-        db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=30)
+        db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
         try:
             return db.execute(sql, values).fetchall()
         finally:
@@ -300,14 +301,24 @@ class Journal:
         self.close()
 
 
-def _pack(body: bytes) -> bytes:
-    # a JSON body never starts with zlib's 0x78 ("x"), so the first byte tells which it is
-    return zlib.compress(body, 1) if len(body) > COMPRESS_OVER_BYTES else body
+def pack(body: bytes) -> bytes:
+    """A body as it is stored: a zlib stream, whose checksum tells if a byte of it has changed since.
+
+    A small one stays as it is inside the stream. The frame (RFC 1950, RFC 1951 section 3.2.4) is written here because
+    zlib takes 70 us to set itself up for it.
+    """
+    if len(body) > COMPRESS_OVER_BYTES:
+        return zlib.compress(body, 1)
+    size = struct.pack("<HH", len(body), len(body) ^ 0xFFFF)
+    return b"\x78\x01\x01" + size + body + zlib.adler32(body).to_bytes(4, "big")
 
 
 def unpack(body: bytes) -> bytes:
-    """A stored body as it came."""
-    return zlib.decompress(body) if body[:1] == b"\x78" else body
+    """A stored body as it came; one that does not start with zlib's 0x78 ("x") was stored without a checksum."""
+    try:
+        return zlib.decompress(body) if body[:1] == b"\x78" else body
+    except zlib.error as e:
+        raise JournalError(f"a stored body is damaged ({e}); `factory journal verify` names it") from None
 
 
 def _lock(path: Path) -> Any:

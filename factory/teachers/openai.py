@@ -21,6 +21,7 @@ from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampl
 from factory.teachers.entry import Entry
 
 MAX_BODY_BYTES = 32 * 2**20
+MAX_COUNT = 2**53
 
 
 class OpenAI(Entry):
@@ -206,7 +207,7 @@ def read_chat(body: bytes, n: int = 1) -> Outcome:
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
         return Failure(reason="missing_choice", detail="the body has no choices")
-    usage = data.get("usage") or {}
+    usage = _map(data.get("usage"))
     read = [_choice(c) for c in choices[:n]]
     failed = next((c for c in read if isinstance(c, Failure)), None)
     good = [c for c in read if isinstance(c, Choice)]
@@ -218,10 +219,11 @@ def read_chat(body: bytes, n: int = 1) -> Outcome:
 
 
 def _choice(choice: dict[str, Any]) -> Choice | Failure:
-    message = choice.get("message") or {}
+    message = _map(choice.get("message"))
     finish = choice.get("finish_reason")
     text = message.get("content")
-    reasoning = message.get("reasoning") or message.get("reasoning_content") or None
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    reasoning = reasoning if isinstance(reasoning, str) and reasoning else None
     if finish == "content_filter":
         return Failure(reason="filtered_output", detail="the provider filtered the answer")
     if message.get("tool_calls"):
@@ -232,34 +234,44 @@ def _choice(choice: dict[str, Any]) -> Choice | Failure:
         return Failure(reason="reasoning_only" if reasoning else "empty", detail="the answer has no text")
     return Choice(
         text=text,
-        finish=finish or "unknown",
+        finish=finish if isinstance(finish, str) and finish else "unknown",
         reasoning=reasoning,
         logprob=_logprob(choice),
-        tokens=choice.get("tokens"),
+        tokens=_count(choice, "tokens") if "tokens" in choice else None,
     )
+
+
+def _map(value: Any) -> dict[str, Any]:
+    """Servers put anything anywhere; what is not a map holds nothing for us."""
+    return value if isinstance(value, dict) else {}
 
 
 def _logprob(choice: dict[str, Any]) -> float | None:
     """Log-probability of the whole answer in nats, where the server tells it."""
-    if isinstance(total := choice.get("logprob"), int | float):
-        return float(total)
-    tokens = (choice.get("logprobs") or {}).get("content")
-    return sum(t["logprob"] for t in tokens) if tokens else None
+    if (total := _number(choice.get("logprob"))) is not None:
+        return total
+    tokens = _map(choice.get("logprobs")).get("content")
+    each = [_number(_map(token).get("logprob")) for token in tokens] if isinstance(tokens, list) else []
+    numbers = [value for value in each if value is not None]
+    return sum(numbers) if each and len(numbers) == len(each) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) <= MAX_COUNT else None
 
 
 def _count(usage: dict[str, Any], *path: str) -> int:
     value: Any = usage
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return max(int(value), 0) if isinstance(value, int | float) else 0
+    return int(min(max(value, 0), MAX_COUNT)) if isinstance(value, int | float) else 0
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
-    seconds = usage.get("seconds")
     return Usage(
         prompt_tokens=_count(usage, "prompt_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),
         cached_tokens=_count(usage, "prompt_tokens_details", "cached_tokens"),
         reasoning_tokens=_count(usage, "completion_tokens_details", "reasoning_tokens"),
-        seconds=float(seconds) if isinstance(seconds, int | float) else 0.0,
+        seconds=_number(usage.get("seconds")) or 0.0,
     )

@@ -17,8 +17,8 @@ from factory.teachers.openai import read_chat
 class Replay(Entry):
     """`{type: replay, path}`: a `.jsonl` with `messages` or `prompt` + `completion`, or a `journal.sqlite`.
 
-    From a journal, `model` chooses whose answers are replayed: the identity that `factory show` prints; needed only
-    where the journal holds several. Answers are found by what was asked and by draw.
+    From a journal, `model` chooses whose answers are replayed: the identity that `factory journal stats` prints;
+    needed only where the journal holds several. Answers are found by what was asked and by draw.
     """
 
     type: Literal["replay"] = "replay"
@@ -99,7 +99,7 @@ class Stored:
     """The answers of one model in a journal, read one at a time: only their places are kept in memory."""
 
     def __init__(self, path: Path, model: str | None) -> None:
-        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
         models = [m for (m,) in self._db.execute("SELECT DISTINCT identity FROM answer")]
         if model is None and len(models) > 1:
             raise RecipeError(f"replay: {path} holds answers of several models; set `model` to one of {models}")

@@ -13,20 +13,21 @@ import msgspec
 import tenacity
 
 from factory.budget import Wall
-from factory.errors import AuthError, BudgetError, FactoryError, IdentityError, OutageError
+from factory.errors import FactoryError, OutageError
 from factory.journal import Journal, answer_keys
 from factory.progress import Advance, bar
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers import Teacher
 from factory.teachers.entry import Entry
+from factory.teachers.failures import RULES
 
 LOOKUP = 256
 """Requests looked up in the journal at once."""
 
-RETRIED = {"server_error", "timeout", "transport", "outage", "bad_json", "missing_choice", "empty", "engine_died"}
-FEW_TRIES = {"bad_json": 3, "missing_choice": 3, "empty": 2}
-STOPS: dict[str, type[FactoryError]] = {"auth": AuthError, "quota": BudgetError, "model_not_found": IdentityError}
-MAYBE_BILLED = {"timeout", "transport", "server_error", "bad_json", "missing_choice", "empty", "filtered_output"}
+RETRIED = {reason for reason, rule in RULES.items() if rule.action == "retry"}
+FEW_TRIES = {reason: rule.tries for reason, rule in RULES.items() if rule.tries}
+STOPS = {reason: rule.error for reason, rule in RULES.items() if rule.action == "stop"}
+MAYBE_BILLED = {reason for reason, rule in RULES.items() if rule.billed}
 MAX_PAUSE_S = 3600.0
 
 
@@ -174,7 +175,7 @@ class _Round:
         while True:
             await self._pause()
             outcome = await self._send(request)
-            if not isinstance(outcome, Failure) or (outcome.reason != "rate_limited" and outcome.status != 503):
+            if not isinstance(outcome, Failure) or RULES[outcome.reason].action != "wait":
                 return outcome
             pause = outcome.retry_after if outcome.retry_after is not None else min(1.0 + waited, 60.0)
             waited += pause

@@ -13,6 +13,7 @@ from factory.ask import Model
 from factory.asking import AskKnob, Plain
 from factory.knobs import Knobs
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
+from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
 
@@ -52,6 +53,7 @@ class Generate(Knobs):
     stop: list[str] = []
     max_tokens: int = Field(1024, gt=0)
     beam: BeamKnobs | None = None
+    response_format: ResponseFormat = None
 
     @model_validator(mode="after")
     def _one_way_to_decode(self) -> "Generate":

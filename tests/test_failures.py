@@ -407,7 +407,22 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                "choices message content finish_reason usage logprobs logprob tokens reasoning error model text type thinking".split()
+                [
+                    "choices",
+                    "message",
+                    "content",
+                    "finish_reason",
+                    "usage",
+                    "logprobs",
+                    "logprob",
+                    "tokens",
+                    "reasoning",
+                    "error",
+                    "model",
+                    "text",
+                    "type",
+                    "thinking",
+                ]
             ),
             inner,
             max_size=5,

@@ -3,8 +3,8 @@
 import asyncio
 import gzip
 import json
-import subprocess
 import ssl
+import subprocess
 import time
 import zlib
 from pathlib import Path
@@ -178,11 +178,15 @@ async def test_what_was_never_reached_is_an_outage(url: str, told: str) -> None:
     assert told in answer.detail
 
 
-async def test_an_untrusted_certificate_is_never_accepted(tmp_path: Path) -> None:
+def self_signed(folder: Path) -> None:
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run(
-        [*made, "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")], check=True, capture_output=True
+        [*made, "-keyout", str(folder / "key"), "-out", str(folder / "cert")], check=True, capture_output=True
     )
+
+
+async def test_an_untrusted_certificate_is_never_accepted(tmp_path: Path) -> None:
+    await asyncio.to_thread(self_signed, tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     app = web.Application()

@@ -62,7 +62,9 @@ class Entry(Knobs):
 
 def _is_url(url: str) -> str:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    host = parts.hostname or ""
+    a_number = host.replace(".", "").isdigit() and _address(host) is None  # some read 2852039166 as an address
+    if parts.scheme not in ("http", "https") or not host or a_number or parts.port == 0:
         raise ValueError(f"base_url must look like https://host/v1, not {url!r}")
     if parts.username or parts.password:
         raise ValueError("base_url must not hold credentials; name the key's variable in api_key_env")

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp.abc import ResolveResult
 
 from factory.rows import Failure
@@ -34,13 +35,22 @@ class Wire:
         self.base_url = base_url
         self.pace: Pace | None = None
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate", **headers}
-        self._secret = key.encode() if key and len(key) >= SECRET_FROM else None
+        self._secret = key if key and len(key) >= SECRET_FROM else None
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_S, timeout_s))
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
 
     async def post(self, path: str, body: bytes) -> bytes | Failure:
         """One request, without redirects and retries; what a server or a network does is never an exception."""
+        answer = await self._post(path, body)
+        if self._secret is None:
+            return answer
+        # a server that repeats our key must not get it into our files
+        if isinstance(answer, bytes):
+            return answer.replace(self._secret.encode(), b"[key]")
+        return msgspec.structs.replace(answer, detail=answer.detail.replace(self._secret, "[key]"))
+
+    async def _post(self, path: str, body: bytes) -> bytes | Failure:
         try:
             async with self._open().post(
                 self.base_url + path, data=body, headers=self._headers, allow_redirects=False
@@ -51,11 +61,7 @@ class Wire:
         except (aiohttp.ClientError, TimeoutError) as e:
             return self._transport(e)
         answer = raw if isinstance(raw, Failure) else inflated(raw, headers.get("Content-Encoding", ""))
-        if isinstance(answer, Failure):
-            return answer
-        if self._secret and self._secret in answer:  # a server that repeats our key must not get it into our files
-            answer = answer.replace(self._secret, b"[key]")
-        return answer if status == 200 else classify(status, headers, answer)
+        return answer if isinstance(answer, Failure) or status == 200 else classify(status, headers, answer)
 
     async def close(self) -> None:
         if self._session is not None:

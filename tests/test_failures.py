@@ -219,6 +219,10 @@ WAITS: list[tuple[dict[str, str], Any, str, float | None]] = [
         {"x-ratelimit-reset-requests": "1s", "x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-tokens": "40s", "x-ratelimit-remaining-tokens": "0"},
         None, "", 40,
     ),
+    (
+        {"x-ratelimit-reset-requests": "1s", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-tokens": "40s", "x-ratelimit-remaining-tokens": "0"},
+        None, "", 40,
+    ),
     ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "40s"}, None, "", 1),
     ({}, RETRY_INFO, "", 45.5),
     ({}, {"details": [{"retryDelay": {"seconds": 3}}]}, "", 3),
@@ -380,7 +384,9 @@ def test_of_more_than_n_choices_the_first_n_count_and_of_fewer_all() -> None:
     assert [[c.text for c in reply.choices] for reply in (many, few, bad)] == [["a", "b"], ["a", "b"], ["a", "c"]]
     assert [f.reason for f in bad.failed] == ["empty"]
     assert not few.failed
-    assert bad.choices[0].tokens is None  # nine tokens of three choices tell nothing about one of them
+    one = read_chat(choices("a", ""), 2)
+    assert isinstance(one, Reply)
+    assert one.choices[0].tokens is None  # nine tokens of two choices tell nothing about one of them
 
 
 @pytest.mark.parametrize(

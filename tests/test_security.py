@@ -72,7 +72,7 @@ def run(folder: Path, url: str, faults: list[str]) -> tuple[str, str, int]:
     (folder / "recipe.yaml").write_text(f"""\
 name: canary
 models:
-  teacher: {{type: openai, model: m, base_url: "{url}", api_key_env: CANARY_KEY, limits: {{max_attempts: 2}}}}
+  teacher: {{type: openai, model: m, base_url: "{url}", api_key_env: CANARY_KEY, limits: {{max_attempts: 2, max_concurrency: 1}}}}
 prompts: [{{path: prompts.jsonl, name: all}}]
 stages:
   - generate: {{model: teacher, max_tokens: 16}}
@@ -132,10 +132,11 @@ def test_no_entry_can_hold_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in (OpenAI(model="m", api_key_env="CANARY_KEY"), Anthropic(model="m", api_key_env="CANARY_KEY")):
         entry.open(Path())
         assert CANARY not in entry.model_dump_json() + repr(entry) + entry.identity(Path())
-    with pytest.raises(ValueError, match="credentials"):
-        OpenAI(model="m", base_url=f"https://user:{CANARY}@host/v1")
-    with pytest.raises(ValueError, match="api_key_env"):
-        OpenAI(model="m", api_key_env=CANARY)
+    for kind in (OpenAI, Anthropic):
+        with pytest.raises(ValueError, match="credentials"):
+            kind(model="m", base_url=f"https://user:{CANARY}@host/v1")
+        with pytest.raises(ValueError, match="api_key_env"):
+            kind(model="m", api_key_env=CANARY)
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "not-needed", "lm-studio"])

@@ -11,7 +11,7 @@ import msgspec
 
 from factory.rows import Failure, Outcome, Request
 from factory.teachers.capabilities import ANTHROPIC, Capabilities
-from factory.teachers.entry import BaseUrl, Endpoint
+from factory.teachers.entry import BaseUrl, Endpoint, KeyVariable
 from factory.teachers.openai import read_chat, read_completion
 from factory.teachers.pace import Pace
 from factory.teachers.strict import strict_json
@@ -33,7 +33,7 @@ class Anthropic(Endpoint):
 
     type: Literal["anthropic"] = "anthropic"
     base_url: BaseUrl = "https://api.anthropic.com/v1"
-    api_key_env: str | None = "ANTHROPIC_API_KEY"
+    api_key_env: KeyVariable = "ANTHROPIC_API_KEY"
 
     def identity(self, runs: Path) -> str:
         return f"anthropic:{self.base_url}:{self.model}"

@@ -75,6 +75,10 @@ BaseUrl = Annotated[str, AfterValidator(_is_url)]
 """An http(s) URL without credentials; a slash at its end is dropped."""
 
 
+KeyVariable = Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""The name of an environment variable; a key itself does not look like one."""
+
+
 class Endpoint(Entry):
     """A model behind somebody's HTTP API. The recipe names the variable that holds the key, never the key."""
 
@@ -82,7 +86,7 @@ class Endpoint(Entry):
 
     model: str
     base_url: BaseUrl
-    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    api_key_env: KeyVariable = None
     capabilities: Capabilities = Capabilities()
 
     def identity(self, runs: Path) -> str:

@@ -194,7 +194,7 @@ def _judged(answer: str | None, reasoning: str | None, finish: str, choice: dict
         return Failure(reason="reasoning_only", detail=f"there is reasoning, but no answer (finish: {finish})")
     if not (answer or "").strip() and finish != "length":
         return Failure(reason="empty", detail=f"the answer has no text (finish: {finish})")
-    if found := SPECIAL_TOKEN.search(answer or "") or SPECIAL_TOKEN.search(reasoning or ""):
+    if found := _special(answer or "") or _special(reasoning or ""):
         return Failure(
             reason="special_tokens", detail=f"the text holds {found[0]!r}, which would break a chat template"
         )
@@ -206,6 +206,11 @@ def _judged(answer: str | None, reasoning: str | None, finish: str, choice: dict
         logprob=_logprob(choice),
         tokens=tokens if isinstance(tokens, int) else None,
     )
+
+
+def _special(text: str) -> re.Match[str] | None:
+    # most texts have neither bracket, and finding that out costs a fiftieth of the search
+    return SPECIAL_TOKEN.search(text) if "<" in text or "[" in text else None
 
 
 def _content(content: Any) -> tuple[str, str | None]:

@@ -40,30 +40,35 @@ class Pace(NamedTuple):
     tokens: Window
 
 
-_NAMES = {
-    "requests": (
-        "x-ratelimit-{}-requests", "anthropic-ratelimit-requests-{}", "x-ratelimit-{}", "ratelimit-{}",
-    ),
-    "tokens": (
-        "x-ratelimit-{}-tokens", "anthropic-ratelimit-tokens-{}", "anthropic-ratelimit-output-tokens-{}",
-        "anthropic-ratelimit-input-tokens-{}",
-    ),
-}  # fmt: skip
+def _headers(*names: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple((name.format("limit"), name.format("remaining"), name.format("reset")) for name in names)
+
+
+_REQUESTS = _headers(
+    "x-ratelimit-{}-requests", "anthropic-ratelimit-requests-{}", "x-ratelimit-{}", "ratelimit-{}"
+)  # fmt: skip
+_TOKENS = _headers(
+    "x-ratelimit-{}-tokens", "anthropic-ratelimit-tokens-{}", "anthropic-ratelimit-output-tokens-{}",
+    "anthropic-ratelimit-input-tokens-{}",
+)  # fmt: skip
 
 
 def read_pace(headers: Mapping[str, str]) -> Pace | None:
     """The limits that a response tells, or None. Header names in any case: `headers` looks them up so."""
-    windows = {what: _window(headers, names) for what, names in _NAMES.items()}
-    return Pace(**windows) if any(window != Window() for window in windows.values()) else None
+    pace = Pace(_window(headers, _REQUESTS), _window(headers, _TOKENS))
+    return pace if pace != (_UNTOLD, _UNTOLD) else None
 
 
-def _window(headers: Mapping[str, str], names: tuple[str, ...]) -> Window:
-    for name in names:
-        limit, left, reset = (headers.get(name.format(part)) for part in ("limit", "remaining", "reset"))
+_UNTOLD = Window()
+
+
+def _window(headers: Mapping[str, str], names: tuple[tuple[str, str, str], ...]) -> Window:
+    for of_limit, of_remaining, of_reset in names:
+        limit, left, reset = headers.get(of_limit), headers.get(of_remaining), headers.get(of_reset)
         if limit is not None or left is not None or reset is not None:
-            seconds = None if reset is None else _from_now(reset, _now(headers))
+            seconds = None if reset is None else _from_now(reset, headers)
             return Window(_count(limit), _count(left), None if seconds is None else max(seconds, 0.0))
-    return Window()
+    return _UNTOLD
 
 
 def retry_after(headers: Mapping[str, str], error: Any = None, text: str = "") -> float | None:
@@ -89,7 +94,7 @@ def _waits(headers: Mapping[str, str], error: Any, text: str) -> Iterator[float 
     yield None if milliseconds is None else milliseconds / 1000
     if (told := headers.get("retry-after")) is not None:
         number = _number(told)  # always a duration here, however large
-        yield number if number is not None else _from_now(told, _now(headers))
+        yield number if number is not None else _from_now(told, headers)
     yield _in_body(error)
     if found := _IN_TEXT.search(text):
         yield _duration(found[1])
@@ -114,23 +119,23 @@ def _in_body(error: Any, depth: int = 0) -> float | None:
                 value = value.get("seconds")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return float(value)
-            if isinstance(value, str) and (seconds := _from_now(value, 0.0)) is not None:
+            if isinstance(value, str) and (seconds := _from_now(value, {})) is not None:
                 return seconds
     inner = error.values() if isinstance(error, dict) else error if isinstance(error, list) else ()
     return next((found for value in inner if (found := _in_body(value, depth + 1)) is not None), None)
 
 
-def _from_now(value: str, now: float) -> float | None:
+def _from_now(value: str, headers: Mapping[str, str]) -> float | None:
     """A duration ("6m0s"), a bare number (seconds, or a moment since 1970), or a date, as seconds from now."""
     number = _number(value)
     if number is not None:
         if math.isinf(number) or number < EPOCH_FROM:
             return number
-        return (number / 1000 if number >= EPOCH_MS_FROM else number) - now
+        return (number / 1000 if number >= EPOCH_MS_FROM else number) - _now(headers)
     if (seconds := _duration(value)) is not None:
         return seconds
     moment = _moment(value)
-    return None if moment is None else moment - now
+    return None if moment is None else moment - _now(headers)
 
 
 def _now(headers: Mapping[str, str]) -> float:

@@ -32,7 +32,7 @@ def strict_json(body: bytes) -> Any | Failure:
     except ValueError as e:  # JSONDecodeError, or a number of thousands of digits
         html = text.lstrip("\ufeff \t\r\n")[:1] == "<"
         return Failure(reason="html_page" if html else "bad_json", detail=f"{e}: {_shown(body)}")
-    if _ESCAPED_SURROGATE.search(text) and _LONE_SURROGATE.search(_all_text(data)):
+    if "\\u" in text and _ESCAPED_SURROGATE.search(text) and _LONE_SURROGATE.search(_all_text(data)):
         return Failure(reason="bad_encoding", detail=f"half a surrogate pair: {_shown(body)}")
     return data
 

@@ -19,15 +19,12 @@ from factory.progress import Advance, bar
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers import Teacher
 from factory.teachers.entry import Entry
-from factory.teachers.failures import RULES
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, STOPS
 
 LOOKUP = 256
 """Requests looked up in the journal at once."""
 
-RETRIED = {reason for reason, rule in RULES.items() if rule.action == "retry"}
 FEW_TRIES = {reason: rule.tries for reason, rule in RULES.items() if rule.tries}
-STOPS = {reason: rule.error for reason, rule in RULES.items() if rule.action == "stop"}
-MAYBE_BILLED = {reason for reason, rule in RULES.items() if rule.billed}
 MAX_PAUSE_S = 3600.0
 
 
@@ -175,7 +172,7 @@ class _Round:
         while True:
             await self._pause()
             outcome = await self._send(request)
-            if not isinstance(outcome, Failure) or RULES[outcome.reason].action != "wait":
+            if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "wait":
                 return outcome
             pause = outcome.retry_after if outcome.retry_after is not None else min(1.0 + waited, 60.0)
             waited += pause
@@ -217,7 +214,7 @@ class _Round:
 
 def _again(request: Request, outcome: Any) -> bool:
     """Whether to send once more. The same seed, or greedy decoding, would give the same empty answer again."""
-    if not isinstance(outcome, Failure) or outcome.reason not in RETRIED:
+    if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "retry":
         return False
     repeatable = request.seed is not None or request.sampling.temperature == 0 or request.sampling.beam is not None
     return not (outcome.reason == "empty" and repeatable)

@@ -103,8 +103,8 @@ def live(recipe: Recipe, runs: Path) -> Iterator[str]:
 
 def _lines(name: str, model: str, found: Probe) -> Iterator[str]:
     yield f"models.{name}: {model} answers as {found.model or '(no name)'} in {found.seconds:.2f} s; {found.sent} requests sent"
-    if found.pace is not None:
-        for what, window in found.pace._asdict().items():
+    if found.rate_limits is not None:
+        for what, window in found.rate_limits._asdict().items():
             told = {"limit": window.limit, "left": window.remaining, "whole again in s": window.reset_s}
             if any(value is not None for value in told.values()):
                 yield f"  {what}: " + ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)

@@ -13,7 +13,7 @@ from factory.generate import Generate
 from factory.journal import Journal
 from factory.rows import Beam, Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers.anthropic import Anthropic, message_body, read_message
-from factory.teachers.pace import Window
+from factory.teachers.rate_limits import Window
 from tests.server import Script, Server, error, message, serving
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -173,8 +173,8 @@ async def test_the_rate_limits_are_at_hand() -> None:
         await teacher.close()
     assert isinstance(outcome, Failure)
     assert outcome.retry_after == 2
-    assert teacher.pace is not None
-    assert teacher.pace.requests == Window(None, 0, None)
+    assert teacher.rate_limits is not None
+    assert teacher.rate_limits.requests == Window(None, 0, None)
 
 
 @pytest.mark.parametrize(

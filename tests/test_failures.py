@@ -14,16 +14,16 @@ from factory.errors import AuthError, BudgetError, IdentityError, OutageError, R
 from factory.rows import Failure, Reason, Reply
 from factory.teachers.failures import RULES, classify, ending
 from factory.teachers.openai import read_chat
-from factory.teachers.pace import Pace, Window, read_pace, retry_after
+from factory.teachers.rate_limits import RateLimits, Window, read_rate_limits, retry_after
 
-# what happens to each reason, written out once more: a changed table must be a decision
+# What happens to each reason, written out once more: a changed table must be a decision
 ACTIONS = {
     "stop": "auth tls quota budget model_not_found wrong_model unsupported_parameter",
     "wait": "rate_limited overloaded",
     "retry": "outage timeout gateway_timeout transport server_error engine_died conflict misread_request html_page "
     "bad_json missing_choice empty",
     "adapt": "unsupported_n",
-    "set_aside": "forbidden redirect bad_request context_overflow too_large refused_input no_stored_answer body_too_large "
+    "set aside": "forbidden redirect bad_request context_overflow too_large refused_input no_stored_answer body_too_large "
     "unsafe_json bad_encoding filtered_output refused tool_calls reasoning_only reasoning_unclosed special_tokens",
 }  # fmt: skip
 
@@ -258,24 +258,24 @@ def test_no_header_can_make_a_wait_that_is_none(value: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "pace"),
+    ("headers", "told"),
     [
         ({}, None),
         (
             {"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499", "x-ratelimit-reset-requests": "120ms",
              "x-ratelimit-limit-tokens": "30000", "x-ratelimit-remaining-tokens": "29000", "x-ratelimit-reset-tokens": "2s"},
-            Pace(Window(500, 499, 0.12), Window(30000, 29000, 2.0)),
+            RateLimits(Window(500, 499, 0.12), Window(30000, 29000, 2.0)),
         ),
         (
             {**DATE, "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "0",
              "anthropic-ratelimit-requests-reset": "2026-10-21T07:28:30Z", "anthropic-ratelimit-tokens-limit": "40000"},
-            Pace(Window(50, 0, 30.0), Window(40000, None, None)),
+            RateLimits(Window(50, 0, 30.0), Window(40000, None, None)),
         ),
-        ({"X-RateLimit-Limit": "10", "X-RateLimit-Remaining": "x"}, Pace(Window(10, None, None), Window())),
+        ({"X-RateLimit-Limit": "10", "X-RateLimit-Remaining": "x"}, RateLimits(Window(10, None, None), Window())),
     ],
 )  # fmt: skip
-def test_the_limits_in_the_headers(headers: Mapping[str, str], pace: Pace | None) -> None:
-    assert read_pace(CIMultiDict(headers)) == pace
+def test_the_limits_in_the_headers(headers: Mapping[str, str], told: RateLimits | None) -> None:
+    assert read_rate_limits(CIMultiDict(headers)) == told
 
 
 # -- 2.3: the body ---------------------------------------------------------------------------------------------------------

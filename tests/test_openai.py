@@ -21,7 +21,7 @@ from factory.journal import answer_keys
 from factory.rows import Beam, Failure, Reply, Request, Sampling
 from factory.teachers.capabilities import FILE, Capabilities, of_host
 from factory.teachers.openai import OpenAI, OpenAITeacher, same_model, wire_body
-from factory.teachers.pace import Pace, Window
+from factory.teachers.rate_limits import RateLimits, Window
 from factory.teachers.wire import MAX_BODY_BYTES, inflated
 from tests.server import chat, error, saying, serving
 
@@ -229,13 +229,13 @@ async def test_the_limits_of_the_last_response_are_at_hand() -> None:
 
     async with serving(script) as server:
         one = teacher(server.url)
-        assert one.pace is None
+        assert one.rate_limits is None
         await one.send(ask())
-        assert one.pace == Pace(Window(60, 59, None), Window())
+        assert one.rate_limits == RateLimits(Window(60, 59, None), Window())
         await one.send(ask())
         busy = await one.send(ask())
         await one.close()
-    assert one.pace == Pace(Window(60, 58, None), Window())  # a response without limits tells nothing new
+    assert one.rate_limits == RateLimits(Window(60, 58, None), Window())  # a response without limits tells nothing new
     assert isinstance(busy, Failure)
     assert (busy.reason, busy.status, busy.retry_after) == ("rate_limited", 429, 3.0)
 

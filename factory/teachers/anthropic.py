@@ -13,7 +13,7 @@ from factory.rows import Failure, Outcome, Request
 from factory.teachers.capabilities import ANTHROPIC, Capabilities
 from factory.teachers.entry import BaseUrl, Endpoint, KeyVariable
 from factory.teachers.openai import read_chat, read_completion
-from factory.teachers.pace import Pace
+from factory.teachers.rate_limits import RateLimits
 from factory.teachers.strict import strict_json
 from factory.teachers.wire import Wire
 
@@ -56,9 +56,9 @@ class AnthropicTeacher:
         self._wire = Wire(entry.base_url, headers, key, entry.limits.timeout_s, self.concurrency)
 
     @property
-    def pace(self) -> Pace | None:
+    def rate_limits(self) -> RateLimits | None:
         """The rate limits that the last response told, if it told any."""
-        return self._wire.pace
+        return self._wire.rate_limits
 
     async def send(self, request: Request) -> bytes | Failure:
         if why := self.capabilities.refusal(request.sampling):

@@ -12,9 +12,9 @@ import msgspec
 
 from factory.errors import AuthError, BudgetError, FactoryError, IdentityError, OutageError, RecipeError
 from factory.rows import Failure, Reason
-from factory.teachers.pace import MAX_WAIT_S, clamp, told_wait
+from factory.teachers.rate_limits import MAX_WAIT_S, clamp, told_wait
 
-Action = Literal["retry", "wait", "adapt", "set_aside", "stop"]
+Action = Literal["retry", "wait", "adapt", "set aside", "stop"]
 """What follows a failure.
 
 | action | what is done |
@@ -22,7 +22,7 @@ Action = Literal["retry", "wait", "adapt", "set_aside", "stop"]
 | retry | the same is sent again after a growing pause, `tries` times at most, then set aside |
 | wait | the whole teacher pauses and then has fewer requests in flight; this was no attempt |
 | adapt | the same is asked in another way: each draw by a request of its own |
-| set_aside | this request ends here, with its reason; the others go on |
+| set aside | this request ends here, with its reason; the others go on |
 | stop | the run ends with `error`, and can be resumed |
 """
 
@@ -68,23 +68,28 @@ RULES: dict[Reason, Rule] = {
     # the same request in another way
     "unsupported_n": Rule("adapt"),
     # this request has no answer; it is never data
-    "forbidden": Rule("set_aside", error=AuthError),
-    "redirect": Rule("set_aside", error=RecipeError),
-    "bad_request": Rule("set_aside"),
-    "context_overflow": Rule("set_aside"),
-    "too_large": Rule("set_aside"),
-    "refused_input": Rule("set_aside"),
-    "no_stored_answer": Rule("set_aside"),
-    "body_too_large": Rule("set_aside", billed=True),
-    "unsafe_json": Rule("set_aside", billed=True),
-    "bad_encoding": Rule("set_aside", billed=True),
-    "filtered_output": Rule("set_aside", billed=True),
-    "refused": Rule("set_aside", billed=True),
-    "tool_calls": Rule("set_aside", billed=True),
-    "reasoning_only": Rule("set_aside", billed=True),
-    "reasoning_unclosed": Rule("set_aside", billed=True),
-    "special_tokens": Rule("set_aside", billed=True),
+    "forbidden": Rule("set aside", error=AuthError),
+    "redirect": Rule("set aside", error=RecipeError),
+    "bad_request": Rule("set aside"),
+    "context_overflow": Rule("set aside"),
+    "too_large": Rule("set aside"),
+    "refused_input": Rule("set aside"),
+    "no_stored_answer": Rule("set aside"),
+    "body_too_large": Rule("set aside", billed=True),
+    "unsafe_json": Rule("set aside", billed=True),
+    "bad_encoding": Rule("set aside", billed=True),
+    "filtered_output": Rule("set aside", billed=True),
+    "refused": Rule("set aside", billed=True),
+    "tool_calls": Rule("set aside", billed=True),
+    "reasoning_only": Rule("set aside", billed=True),
+    "reasoning_unclosed": Rule("set aside", billed=True),
+    "special_tokens": Rule("set aside", billed=True),
 }
+
+
+ACTIONS: dict[Reason, Action] = {reason: rule.action for reason, rule in RULES.items()}
+STOPS = {reason: rule.error for reason, rule in RULES.items() if rule.action == "stop" and rule.error}
+MAYBE_BILLED = {reason for reason, rule in RULES.items() if rule.billed}
 
 
 def ending(failure: Failure, answered: bool) -> type[FactoryError] | None:

@@ -15,7 +15,7 @@ from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usa
 from factory.teachers.capabilities import SAMPLING_KEYS, VLLM, Capabilities
 from factory.teachers.entry import BaseUrl, Endpoint
 from factory.teachers.failures import classify
-from factory.teachers.pace import Pace
+from factory.teachers.rate_limits import RateLimits
 from factory.teachers.reasoning import separate
 from factory.teachers.strict import strict_json
 from factory.teachers.wire import Wire
@@ -51,9 +51,9 @@ class OpenAITeacher:
         self._wire = Wire(base_url, headers, key, timeout_s, concurrency)
 
     @property
-    def pace(self) -> Pace | None:
+    def rate_limits(self) -> RateLimits | None:
         """The rate limits that the last response told, if it told any."""
-        return self._wire.pace
+        return self._wire.rate_limits
 
     async def send(self, request: Request) -> bytes | Failure:
         if why := self.capabilities.refusal(request.sampling):
@@ -198,13 +198,12 @@ def _judged(answer: str | None, reasoning: str | None, finish: str, choice: dict
         return Failure(
             reason="special_tokens", detail=f"the text holds {found[0]!r}, which would break a chat template"
         )
-    tokens = choice.get("tokens")
     return Choice(
         text=answer if answer and answer.strip() else "",
         finish=finish,
         reasoning=reasoning,
         logprob=_logprob(choice),
-        tokens=tokens if isinstance(tokens, int) else None,
+        tokens=_count(choice, "tokens"),
     )
 
 

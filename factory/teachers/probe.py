@@ -16,7 +16,7 @@ from factory.teachers.anthropic import Anthropic, AnthropicTeacher
 from factory.teachers.capabilities import FILE, Capabilities
 from factory.teachers.failures import RULES
 from factory.teachers.openai import REASONING_FIELDS, OpenAI, OpenAITeacher
-from factory.teachers.pace import Pace
+from factory.teachers.rate_limits import RateLimits
 from factory.teachers.strict import strict_json
 
 QUESTION = "Name a random animal and a random number. Plain words, no JSON."
@@ -39,7 +39,7 @@ class Probe(NamedTuple):
     model: str = ""
     seconds: float = 0.0
     sent: int = 0
-    pace: Pace | None = None
+    rate_limits: RateLimits | None = None
     capabilities: Capabilities = Capabilities()
     failure: Failure | None = None
 
@@ -62,7 +62,9 @@ def record(runs: Path, identity: str, found: Probe) -> None:
         "checked": time.strftime("%Y-%m-%d %H:%M:%S"),
         "model": found.model,
         "seconds": round(found.seconds, 3),
-        "pace": {what: window._asdict() for what, window in found.pace._asdict().items()} if found.pace else None,
+        "rate_limits": {what: window._asdict() for what, window in found.rate_limits._asdict().items()}
+        if found.rate_limits
+        else None,
         "capabilities": found.capabilities.model_dump(exclude_none=True, exclude_defaults=True),
     }
     write_json(path, whole)
@@ -90,11 +92,11 @@ class _Asking:
         seconds = time.monotonic() - started
         outcome = raw if isinstance(raw, Failure) else self.teacher.read(self.request, raw)
         data = None if isinstance(raw, Failure) else strict_json(raw)
-        if not isinstance(data, dict) or (isinstance(outcome, Failure) and RULES[outcome.reason].action != "set_aside"):
+        if not isinstance(data, dict) or (isinstance(outcome, Failure) and RULES[outcome.reason].action != "set aside"):
             assert isinstance(outcome, Failure)
             return Probe(sent=self.sent, failure=outcome)
         known = await self._capabilities(limit, data)
-        return Probe(str(data.get("model") or ""), seconds, self.sent, self.teacher.pace, known)
+        return Probe(str(data.get("model") or ""), seconds, self.sent, self.teacher.rate_limits, known)
 
     async def _capabilities(self, limit: Any, plain: dict[str, Any]) -> Capabilities:
         if isinstance(self.teacher, AnthropicTeacher):

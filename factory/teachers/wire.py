@@ -15,7 +15,7 @@ from aiohttp.abc import ResolveResult
 from factory.rows import Failure
 from factory.teachers.entry import is_metadata
 from factory.teachers.failures import classify
-from factory.teachers.pace import Pace, read_pace
+from factory.teachers.rate_limits import RateLimits, read_rate_limits
 
 MAX_BODY_BYTES = 32 * 2**20
 KEEP_IDLE_S = 4.0
@@ -27,13 +27,13 @@ SECRET_FROM = 20
 
 
 class Wire:
-    """Opened at the first `post`, asked from many tasks at once, closed once. `pace` is what the last response told."""
+    """Opened at the first `post`, asked from many tasks at once, closed once. `rate_limits` is what the last response told."""
 
     def __init__(
         self, base_url: str, headers: dict[str, str], key: str | None, timeout_s: float, concurrency: int
     ) -> None:
         self.base_url = base_url
-        self.pace: Pace | None = None
+        self.rate_limits: RateLimits | None = None
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate", **headers}
         self._secret = key if key and len(key) >= SECRET_FROM else None
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_S, timeout_s))
@@ -55,7 +55,7 @@ class Wire:
             async with self._open().post(
                 self.base_url + path, data=body, headers=self._headers, allow_redirects=False
             ) as response:
-                self.pace = read_pace(response.headers) or self.pace
+                self.rate_limits = read_rate_limits(response.headers) or self.rate_limits
                 raw = await _read(response.content)
                 status, headers = response.status, response.headers
         except (aiohttp.ClientError, TimeoutError) as e:

@@ -33,7 +33,7 @@ class Window(NamedTuple):
     reset_s: float | None = None
 
 
-class Pace(NamedTuple):
+class RateLimits(NamedTuple):
     """What the last response told of the limits; `tokens` is the tightest token limit."""
 
     requests: Window
@@ -53,10 +53,10 @@ _TOKENS = _headers(
 )  # fmt: skip
 
 
-def read_pace(headers: Mapping[str, str]) -> Pace | None:
+def read_rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
     """The limits that a response tells, or None. Header names in any case: `headers` looks them up so."""
-    pace = Pace(_window(headers, _REQUESTS), _window(headers, _TOKENS))
-    return pace if pace != (_UNTOLD, _UNTOLD) else None
+    told = RateLimits(_window(headers, _REQUESTS), _window(headers, _TOKENS))
+    return told if told != (_UNTOLD, _UNTOLD) else None
 
 
 _UNTOLD = Window()
@@ -98,12 +98,12 @@ def _waits(headers: Mapping[str, str], error: Any, text: str) -> Iterator[float 
     yield _in_body(error)
     if found := _IN_TEXT.search(text):
         yield _duration(found[1])
-    yield _reset(read_pace(headers))
+    yield _reset(read_rate_limits(headers))
 
 
-def _reset(pace: Pace | None) -> float | None:
+def _reset(rate_limits: RateLimits | None) -> float | None:
     """When the windows that are used up are whole again; where none is said to be, the first one that will be."""
-    told = [w for w in pace or () if w.reset_s is not None]
+    told = [w for w in rate_limits or () if w.reset_s is not None]
     spent = [w.reset_s or 0.0 for w in told if w.remaining is not None and w.remaining <= 0]
     return max(spent) if spent else min((w.reset_s or 0.0 for w in told), default=None)
 

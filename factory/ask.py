@@ -15,16 +15,17 @@ import msgspec
 import tenacity
 
 from factory.budget import Hold, Wall
-from factory.errors import BudgetError, FactoryError, Interrupted, OutageError, TooManyFailures
+from factory.errors import BudgetError, FactoryError, Interrupted, TooManyFailures
 from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers import Teacher
+from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
-from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
 
-OUTAGE = ("outage", "transport", "timeout", "server_error")
+OUTAGE = ("outage", "transport", "timeout", "gateway_timeout", "server_error", "html_page")
 """What an outage looks like from here; each of them may also be one request's bad luck."""
 LOOKUP = 256
 """Requests looked up in the journal at once."""
@@ -47,6 +48,7 @@ class Model:
     entry: Entry
     identity: str
     teacher: Teacher
+    capabilities: Capabilities = field(default_factory=Capabilities)
 
     async def __aenter__(self) -> "Model":
         return self
@@ -126,7 +128,7 @@ class Desk:
                     yield request  # one joint answer: all ranks or none
                 elif lacking:
                     for first, last in runs(lacking):
-                        yield msgspec.structs.replace(request, draw=request.draw + first, n=last - first + 1)
+                        yield _part(request, first, last - first + 1)
 
     def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
@@ -147,6 +149,7 @@ class _Round:
         self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []
+        self._one_by_one = False  # the server refused n
         self._holding = 0
         self._settled = asyncio.Event()
 
@@ -173,20 +176,37 @@ class _Round:
                 self.stop(e)
 
     async def _answer(self, request: Request) -> None:
-        """All draws of a request; a server that gave fewer than `n` is asked for the rest, as often as a failure is."""
-        for attempt in range(self.model.entry.limits.max_attempts):
+        """Every draw of a request to its end; what a reply lacks is asked for again, as often as a failure is."""
+        todo, replies = [request], 0
+        while todo:
+            request = todo.pop(0)
+            if request.n > 1 and self._one_by_one and request.sampling.beam is None:
+                todo = [_part(request, i, 1) for i in range(request.n)] + todo
+                continue
             outcome = await self._settle(request)
-            got = len(outcome.choices) if isinstance(outcome, Reply) else 0
-            self.advance(min(got, request.n))
-            if got >= request.n or (request.sampling.beam and got):
-                return
-            if got == 0 or attempt + 1 == self.model.entry.limits.max_attempts:
-                break
-            request = msgspec.structs.replace(request, draw=request.draw + got, n=request.n - got)
-        lacking = answer_keys(request)[got:]
-        failure = outcome if isinstance(outcome, Failure) else Failure(reason="missing_choice", detail="fewer than n")
-        self.tally.failures.update(dict.fromkeys(lacking, failure))
-        self.advance(len(lacking))
+            if isinstance(outcome, Failure):
+                if ACTIONS[outcome.reason] == "adapt" and request.n > 1:
+                    self._one_by_one = True
+                    todo.insert(0, request)
+                else:
+                    self._fail(request, outcome)
+                continue
+            replies += 1
+            got = min(len(outcome.choices), request.n)
+            self.advance(got)
+            for failure in outcome.failed[: request.n - got]:
+                self._fail(_part(request, got, 1), failure)
+                got += 1
+            if got < request.n and replies < self.model.entry.limits.max_attempts and request.sampling.beam is None:
+                todo.insert(0, _part(request, got, request.n - got))
+            elif got < request.n:
+                missing = Failure(reason="missing_choice", detail=f"{got} of {request.n} answers came")
+                self._fail(_part(request, got, request.n - got), missing)
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        """These draws have no answer; TooManyFailures when that makes the run pointless."""
+        self.tally.failures.update(dict.fromkeys(answer_keys(request), failure))
+        self.advance(request.n)
         failed, limit = len(self.tally.failures), self.desk.max_failed
         if failed >= DOOMED_AFTER and failed > limit * self.tally.planned:
             raise TooManyFailures(
@@ -203,13 +223,9 @@ class _Round:
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         outcome: Outcome = await retrying(self._attempt, request)
-        if isinstance(outcome, Failure):
-            if error := STOPS.get(outcome.reason):
-                raise error(f"models.{self.model.name}: {outcome.detail}")
-            if outcome.reason == "outage" and not self.pace.answered:
-                raise OutageError(
-                    f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up"
-                )
+        error = ending(outcome, self.pace.answered) if isinstance(outcome, Failure) else None
+        if isinstance(outcome, Failure) and error is not None:
+            raise error(f"models.{self.model.name}: {outcome.detail}; stored answers are kept")
         return outcome
 
     async def _attempt(self, request: Request) -> Outcome:
@@ -225,10 +241,11 @@ class _Round:
                 outcome = await self._send(request)
             finally:
                 self.pace.leave()
+            self.pace.heed(getattr(self.model.teacher, "rate_limits", None))
             if isinstance(outcome, Reply):
                 self.pace.works(outcome.usage.prompt_tokens + outcome.usage.completion_tokens)
                 return outcome
-            if ACTIONS[outcome.reason] == "wait" or outcome.status == 503:
+            if ACTIONS[outcome.reason] == "wait":
                 self.pace.busy(sent_at, outcome.retry_after)
                 if time.monotonic() - waiting_since > MAX_WAIT_S:
                     return outcome
@@ -281,10 +298,13 @@ class _Round:
         if isinstance(outcome, Failure):
             await desk.journal.fail(attempt, outcome, billed=True)
             return outcome
-        usd = entry.price.usd(outcome.usage) if entry.price else Decimal(0)
-        desk.journal.file(attempt, [(c.finish, c.tokens) for c in outcome.choices], outcome.usage, str(usd))
-        desk.wall.settle(hold, outcome.usage, usd)
-        self.tally.usage = _sum(self.tally.usage, outcome.usage)
+        usage = outcome.usage
+        if entry.billed and not outcome.counted:  # nobody knows what it cost: the worst case
+            usage = Usage(prompt_tokens=hold.prompt_tokens, completion_tokens=hold.completion_tokens)
+        usd = entry.price.usd(usage) if entry.price else Decimal(0)
+        desk.journal.file(attempt, [(c.finish, c.tokens) for c in outcome.choices], usage, str(usd))
+        desk.wall.settle(hold, usage, usd)
+        self.tally.usage = _sum(self.tally.usage, usage)
         self.tally.usd += usd
         return outcome
 
@@ -328,10 +348,15 @@ def _again(request: Request, outcome: Any) -> bool:
 
 
 def _enough(limit: int, state: tenacity.RetryCallState) -> bool:
-    """Every retryable fault has `max_attempts`; an empty answer is paid for each time and tried once more only."""
+    """Every retryable failure has `max_attempts`, unless its rule says less."""
     outcome = state.outcome.result() if state.outcome else None
-    empty = isinstance(outcome, Failure) and outcome.reason == "empty"
-    return state.attempt_number >= (min(limit, 2) if empty else limit)
+    tries = RULES[outcome.reason].tries if isinstance(outcome, Failure) else None
+    return state.attempt_number >= min(limit, tries or limit)
+
+
+def _part(request: Request, first: int, count: int) -> Request:
+    """Some of a request's draws."""
+    return msgspec.structs.replace(request, draw=request.draw + first, n=count)
 
 
 def _whole(request: Request) -> Request:

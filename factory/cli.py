@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.set_defaults(verb=_run, until=name)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
     _recipe_arguments(verb)
+    verb.add_argument(
+        "--live", action="store_true", help="also ask each endpoint a few tiny questions: who answers, what is honoured"
+    )
     verb.set_defaults(verb=_check)
     verb = verbs.add_parser("ls", help="shipped recipes and local runs")
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
@@ -100,6 +103,9 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.0.generate.n=4; repeatable"
     )
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    verb.add_argument(
+        "--allow-http", action="store_true", help="send keys and prompts unencrypted to hosts other than this machine"
+    )
 
 
 def _share(text: str) -> float:
@@ -121,9 +127,11 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from factory.check import refuse
     from factory.pipeline import run
 
     recipe = _load(arguments)
+    refuse(recipe, arguments.runs, arguments.allow_http)
     folder = run(recipe, arguments.runs, arguments.until, arguments.max_failed, arguments.retry_failed)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
@@ -131,12 +139,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from factory.check import check
+    from factory.check import check, live
 
     recipe = _load(arguments)
-    for line in check(recipe):
+    for line in check(recipe, arguments.runs, arguments.allow_http):
         print(f"warning: {line}")
     print(f"{recipe.name}: the recipe is valid")
+    if arguments.live:
+        for line in live(recipe, arguments.runs):
+            print(line, flush=True)
     return 0
 
 

@@ -21,7 +21,7 @@ from factory.asking import AskKnob, Plain
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
-from factory.teachers.openai import OpenAI
+from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
 
 VERSION = 1
@@ -79,6 +79,7 @@ class Generate(Knobs):
     stop: list[str] = []
     max_tokens: int = Field(1024, gt=0)
     beam: BeamKnobs | None = None
+    response_format: ResponseFormat = None
     until: Until | None = None
     want: int | None = Field(None, gt=0)
 
@@ -135,9 +136,11 @@ def requests(
     """The requests of one model, in prompt order.
 
     A seed is a function of run seed, prompt and draw, so order, subset and batch change nothing. Endpoints whose
-    seeds cannot be trusted get one request with `n` (the prompt is billed once), and no seed is claimed.
+    seeds cannot be trusted get one request with `n` (the prompt is billed once), and no seed is claimed; those that
+    refuse `n` get a request for each draw.
     """
-    together = sampling.beam is not None or isinstance(model.entry, OpenAI) or sampling.temperature == 0
+    seeded = model.capabilities.seed and sampling.temperature > 0
+    together = sampling.beam is not None or (not seeded and model.capabilities.n is not False)
     for prompt in prompts:
         if not (wanted := draws(prompt)):
             continue
@@ -147,7 +150,7 @@ def requests(
                 yield replace(base, draw=first, n=last - first + 1)
         else:
             for draw in wanted:
-                yield replace(base, draw=draw, seed=draw_seed(seed, prompt, draw))
+                yield replace(base, draw=draw, seed=draw_seed(seed, prompt, draw) if seeded else None)
 
 
 def draw_seed(seed: int, prompt: Prompt, draw: int) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from factory.errors import DiskError, JournalError, LockedError, VersionError
-from factory.rows import Failure, Request, Usage, digest
+from factory.rows import TRUNCATED, Failure, Request, Usage, digest
 
 VERSION = 1
 COMPRESS_OVER_BYTES = 4096
@@ -61,6 +61,8 @@ def answer_keys(request: Request) -> list[str]:
     how: list[Any] = [neutral, s.stop]
     if s.beam is not None:
         how = ["beam", s.beam.width, s.beam.length_penalty, s.max_tokens, s.stop]
+    if s.response_format is not None:
+        how = [*how, s.response_format]
     asked = [[m["role"], m["content"]] for m in request.messages]
     return [
         digest(request.identity, asked, how, draw, request.seed)
@@ -84,7 +86,7 @@ class Stored(NamedTuple):
 
     def valid(self, limit: int) -> bool:
         """An answer that ended by itself is always valid; a truncated one only if the limit did not grow."""
-        return self.finish != "length" or limit <= self.max_tokens
+        return self.finish not in TRUNCATED or limit <= self.max_tokens
 
 
 class Spent(NamedTuple):

@@ -45,7 +45,7 @@ class Models:
         entry = self.entry(name)
         if isinstance(entry, Reference):
             raise RecipeError(f"models.{name}: ground truth can be used by `generate` only")
-        return Model(name, entry, self.identity(name), entry.open(self.runs))
+        return Model(name, entry, self.identity(name), entry.open(self.runs), entry.abilities(self.runs))
 
     # -- what filters may need (the `Kit` of filters) ------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from collections import deque
 from factory.errors import OutageError
 from factory.progress import say
 from factory.teachers.entry import Limits
+from factory.teachers.rate_limits import RateLimits
 
 FIRST_WINDOW = 32
 OPEN_AFTER = 10
@@ -47,6 +48,7 @@ class Pace:
         self._tokens_a_request = 0.0
         self._resume_at = 0.0
         self._unsaid = GAPS_S[0] / 2
+        self._heeded: RateLimits | None = None
         self._failed_in_a_row = 0
         self._failing: set[int] = set()
         self._down_since: float | None = None
@@ -111,8 +113,20 @@ class Pace:
             self._slower_at = time.monotonic()
             self._threshold = self._window = max(self._window / 2, 1.0)
 
+    def heed(self, told: RateLimits | None) -> None:
+        """Hold still where the headers of a response say that no request, or not enough tokens, are left."""
+        if told is None or told is self._heeded:
+            return
+        self._heeded = told
+        if told.requests.remaining == 0 and told.requests.reset_s:
+            self.hold(told.requests.reset_s)
+        left, limit = told.tokens.remaining, told.tokens.limit
+        if left is not None and left < self._tokens_a_request:
+            missing = self._tokens_a_request - left
+            self.hold(60 * missing / limit if limit else told.tokens.reset_s or 0.0)
+
     def hold(self, seconds: float) -> None:
-        """The server's headers say that nothing is left for so long."""
+        """Nobody sends anything for so long."""
         self._resume_at = max(self._resume_at, time.monotonic() + min(seconds, MAX_PAUSE_S))
 
     # -- outages ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from factory.pair import PairUp
 from factory.prompts import PromptSet
 from factory.shape import Shape
 from factory.teachers import ModelEntry
-from factory.teachers.openai import OpenAI
+from factory.teachers.entry import Endpoint
 from factory.teachers.replay import Replay
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path
@@ -90,7 +90,7 @@ def warnings(recipe: Recipe) -> list[str]:
     """What would stop `run` here and now, but is no fault of the recipe: keys, weights, hub ids."""
     found = []
     for name, entry in recipe.models.items():
-        if isinstance(entry, OpenAI) and entry.api_key_env and not os.environ.get(entry.api_key_env):
+        if isinstance(entry, Endpoint) and entry.api_key_env and not os.environ.get(entry.api_key_env):
             found.append(f"models.{name}: the variable {entry.api_key_env} is not set")
         if isinstance(entry, Weights) and is_path(entry.model) and not Path(entry.model).expanduser().exists():
             found.append(f"models.{name}: there are no weights at {entry.model}")

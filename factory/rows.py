@@ -60,7 +60,10 @@ class Beam(Row, frozen=True):
 
 
 class Sampling(Row, frozen=True):
-    """How an answer is decoded; the names are vLLM's. `temperature=0` is greedy; `beam` overrides draws."""
+    """How an answer is decoded; the names are vLLM's. `temperature=0` is greedy; `beam` overrides draws.
+
+    `response_format` is the wire's own: `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": ...}`.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -72,6 +75,7 @@ class Sampling(Row, frozen=True):
     stop: list[str] = []
     max_tokens: int = 1024
     beam: Beam | None = None
+    response_format: dict[str, Any] | None = None
 
 
 class Request(Row, frozen=True):
@@ -100,6 +104,10 @@ class Usage(Row, frozen=True):
     seconds: float = 0.0
 
 
+TRUNCATED = frozenset({"length", "unknown"})
+"""How an answer ends that a larger limit may make whole; `unknown`: the server did not say how it ended."""
+
+
 class Choice(Row, frozen=True):
     """One answer. `finish` is the server's own word: only `stop` means that the model ended by itself."""
 
@@ -111,18 +119,28 @@ class Choice(Row, frozen=True):
 
 
 class Reply(Row, frozen=True):
-    """What came back. `model` is the name that the server gave."""
+    """What came back. `model` is the name that the server gave.
+
+    `failed` says why some of the choices that came are no answers; what is still missing after them never came.
+    `counted` is whether the server told its usage: where it did not, nobody knows that the answer was free.
+    """
 
     choices: list[Choice]
     usage: Usage = Usage()
     model: str = ""
+    failed: list["Failure"] = []
+    counted: bool = True
 
 
 Reason = Literal[
-    "auth", "bad_json", "bad_request", "budget", "context_overflow", "empty", "engine_died", "filtered_output",
-    "missing_choice", "model_not_found", "no_stored_answer", "outage", "quota", "rate_limited", "reasoning_only",
-    "refused_input", "server_error", "timeout", "too_large", "tool_calls", "transport", "unknown_finish", "wrong_model",
+    "auth", "bad_encoding", "bad_json", "bad_request", "body_too_large", "budget", "conflict", "context_overflow",
+    "empty", "engine_died", "filtered_output", "forbidden", "gateway_timeout", "html_page", "misread_request",
+    "missing_choice", "model_not_found", "no_stored_answer", "outage", "overloaded", "quota", "rate_limited",
+    "reasoning_only", "reasoning_unclosed", "redirect", "refused", "refused_input", "server_error", "special_tokens",
+    "timeout", "tls", "too_large", "tool_calls", "transport", "unsafe_json", "unsupported_n", "unsupported_parameter",
+    "wrong_model",
 ]  # fmt: skip
+"""Why there is no answer. `teachers/failures.py` says what each of them means for the run."""
 
 
 class Failure(Row, frozen=True):

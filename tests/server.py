@@ -1,11 +1,14 @@
-"""A real HTTP server on loopback that answers like an OpenAI-compatible endpoint and counts what reached it."""
+"""A real HTTP server on loopback that answers like an OpenAI-compatible endpoint and counts what reached it.
+
+It speaks Anthropic's messages too, at `/v1/messages`; `saying` is a socket that sends bytes as they are, HTTP or not.
+"""
 
 import asyncio
 import json
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from aiohttp import web
@@ -36,7 +39,8 @@ class Server:
         scripted = await self.script(body, before) if self.script else None
         if isinstance(scripted, web.StreamResponse):
             return scripted
-        return web.json_response(scripted if scripted is not None else chat(body))
+        usual = message if request.path.endswith("/messages") else chat
+        return web.json_response(scripted if scripted is not None else usual(body))
 
 
 def chat(body: dict[str, Any], texts: list[str] | None = None, finish: str = "stop") -> dict[str, Any]:
@@ -51,6 +55,17 @@ def chat(body: dict[str, Any], texts: list[str] | None = None, finish: str = "st
     return {"model": body["model"], "choices": choices, "usage": usage}
 
 
+def message(
+    body: dict[str, Any], *content: dict[str, Any], stop: str | None = "end_turn", **fields: Any
+) -> dict[str, Any]:
+    """A native message of Anthropic's API; without content blocks, a text that names the question."""
+    question = body["messages"][-1]["content"]
+    blocks = list(content) or [{"type": "text", "text": f"answer to {question}"}]
+    usage = {"input_tokens": 7, "cache_creation_input_tokens": 1, "cache_read_input_tokens": 2, "output_tokens": 5}
+    whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"], "content": blocks}
+    return {**whole, "stop_reason": stop, "stop_sequence": None, "usage": usage, **fields}
+
+
 def error(status: int, message: str, code: str = "", **headers: str) -> web.Response:
     body = json.dumps({"error": {"message": message, "code": code}})
     return web.Response(status=status, text=body, content_type="application/json", headers=headers)
@@ -62,6 +77,7 @@ async def serving(script: Script | None = None, delay_s: float = 0.0) -> AsyncIt
     server = Server(script, delay_s)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.answer)
+    app.router.add_post("/v1/messages", server.answer)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -89,3 +105,33 @@ def in_thread(script: Script | None = None, delay_s: float = 0.0) -> Iterator[Se
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+@asynccontextmanager
+async def saying(*pieces: bytes, pause_s: float = 0.0, reset: bool = False) -> AsyncIterator[str]:
+    """A socket on loopback that answers each request with these bytes and hangs up; yields its base_url."""
+
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())  # type: ignore[arg-type]
+        with suppress(ConnectionError, asyncio.CancelledError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+        if reset:
+            writer.transport.abort()
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)

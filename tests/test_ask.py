@@ -194,8 +194,8 @@ async def test_a_redirect_is_not_followed_and_the_key_stays(tmp_path: Path, monk
 
         async with serving(script) as server:
             model = model_at(server.url, api_key_env="TEST_KEY")
-            _, answers = await ask(tmp_path, model, asks(model, questions(1)))
-    assert isinstance(answers[0][0], Failure)
+            with pytest.raises(RecipeError, match="redirects are not followed"):
+                await ask(tmp_path, model, asks(model, questions(1)))
     assert server.headers[0]["Authorization"] == "Bearer canary-key"
     assert not other.headers
     assert b"canary-key" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())

@@ -61,6 +61,39 @@ async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path) -> None:
     assert all(isinstance(draws[0], Choice) for draws in answers)
 
 
+async def test_headers_that_say_nothing_is_left_are_heeded(tmp_path: Path) -> None:
+    """A server that allows 10 requests in each second, tells so, and answers the eleventh with 429."""
+    window, used, refused = 0.0, 0, 0
+
+    async def script(body: dict, before: int) -> web.StreamResponse:
+        nonlocal window, used, refused
+        if time.monotonic() - window > 1.0:
+            window, used = time.monotonic(), 0
+        used += 1
+        refused += used > 10
+        left = {"x-ratelimit-limit-requests": "10", "x-ratelimit-remaining-requests": str(max(10 - used, 0))}
+        left["x-ratelimit-reset-requests"] = f"{window + 1.05 - time.monotonic():.3f}s"
+        return error(429, "slow down") if used > 10 else web.json_response(chat(body), headers=left)
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(max_concurrency=1))
+        _, answers = await ask(tmp_path, model, asks(model, questions(25)))
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+    assert refused == 0
+
+
+async def test_a_server_that_refuses_n_is_asked_for_one_draw_at_a_time(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        return error(400, "Unsupported value: 'n' must be 1", "unsupported_value") if body.get("n", 1) > 1 else None
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(max_concurrency=1))
+        _, answers = await ask(tmp_path, model, asks(model, questions(4), n=3))
+    assert [len(draws) for draws in answers] == [3] * 4
+    assert all(isinstance(draw, Choice) for draws in answers for draw in draws)
+    assert [body.get("n", 1) for body in server.bodies] == [3] + [1] * 12  # it is told once
+
+
 async def test_concurrency_finds_what_a_server_can_take(tmp_path: Path) -> None:
     """A server that takes 6 at once: the window settles near it, most requests are not refused, none is lost."""
     now, most, refused = 0, 0, 0

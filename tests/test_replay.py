@@ -39,7 +39,8 @@ def test_a_jsonl_file_replays_and_what_it_lacks_has_failed(tmp_path: Path) -> No
     known = [{"prompt": q, "completion": f"{side} answer"} for q in QUESTIONS[:20] for side in ("first", "second")]
     (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
     done = factory(tmp_path, "build", "recipe.yaml", "--set", "models.teacher={type: replay, path: known.jsonl}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
+    assert "have no answer, more than --max-failed" in done.stderr
     (manifest,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/tiny/01-generate-*/manifest.json"))
     assert manifest["kept"] + manifest["failed"] == manifest["in"] == 36
     assert manifest["failed"] == manifest["reasons"]["no_stored_answer"] > 0

@@ -2,7 +2,8 @@
 
 A teacher is one async call from a `Request` to the raw body of an answer, and one pure function that reads such a body.
 The two are apart so that the body can be stored before anything tries to understand it: an answer that was paid for
-is never lost to a parser. Every teacher's body has the shape of an OpenAI chat completion, so one reader serves all.
+is never lost to a parser. Bodies have the shape of an OpenAI chat completion, or are turned into it when they are read
+(`anthropic`), so one reader serves all.
 
 To add a teacher: one file with a `Knobs` record (its `type` literal is the name in recipes) that has `identity()`
 and `open()`, and its name in the union `Model` below.
@@ -13,6 +14,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from factory.rows import Failure, Outcome, Request
+from factory.teachers.anthropic import Anthropic
 from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
 from factory.teachers.replay import Replay
@@ -25,7 +27,8 @@ class Teacher(Protocol):
 
     `send` returns the raw body of an answer, or a `Failure` already classified; it never retries and never raises for
     what a server did. Heavy things (a model, a server) start at the first `send`, so a run whose answers are all
-    stored starts nothing. `concurrency` is how many requests at once are useful.
+    stored starts nothing. `concurrency` is how many requests at once are useful. A teacher behind a rate limit also has
+    `rate_limits`, what the last response told of it.
     """
 
     concurrency: int
@@ -37,5 +40,5 @@ class Teacher(Protocol):
     async def close(self) -> None: ...
 
 
-ModelEntry = Annotated[OpenAI | Vllm | Transformers | Replay | Reference, Field(discriminator="type")]
+ModelEntry = Annotated[OpenAI | Anthropic | Vllm | Transformers | Replay | Reference, Field(discriminator="type")]
 """One entry under `models:` of a recipe."""

@@ -1,12 +1,18 @@
-"""What all model entries of a recipe have in common: limits, prices, terms."""
+"""What all model entries of a recipe have in common: limits, prices, terms; and what is asked over a network."""
 
+import ipaddress
+import os
 from decimal import Decimal
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from factory.errors import AuthError
 from factory.knobs import Knobs
 from factory.rows import Usage
+from factory.teachers.capabilities import LOOKED_UP, Capabilities, of_host, recorded
 
 MILLION = 1_000_000
 
@@ -44,3 +50,109 @@ class Entry(Knobs):
     limits: Limits = Limits()
     price: Price | None = None
     terms: str | None = None
+
+    def abilities(self, runs: Path) -> Capabilities:
+        """What this model honours; `generate` plans its requests by it."""
+        return LOOKED_UP
+
+    def urls(self) -> list[str]:
+        """Where requests go over a network."""
+        return []
+
+
+def _is_url(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    a_number = host.replace(".", "").isdigit() and _address(host) is None  # some read 2852039166 as an address
+    if parts.scheme not in ("http", "https") or not host or a_number or parts.port == 0:
+        raise ValueError(f"base_url must look like https://host/v1, not {url!r}")
+    if parts.username or parts.password:
+        raise ValueError("base_url must not hold credentials; name the key's variable in api_key_env")
+    return url.rstrip("/")
+
+
+BaseUrl = Annotated[str, AfterValidator(_is_url)]
+"""An http(s) URL without credentials; a slash at its end is dropped."""
+
+
+KeyVariable = Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""The name of an environment variable; a key itself does not look like one."""
+
+
+class Endpoint(Entry):
+    """A model behind somebody's HTTP API. The recipe names the variable that holds the key, never the key."""
+
+    billed: ClassVar[bool] = True
+
+    model: str
+    base_url: BaseUrl
+    api_key_env: KeyVariable = None
+    capabilities: Capabilities = Capabilities()
+
+    def identity(self, runs: Path) -> str:
+        raise NotImplementedError
+
+    def known(self) -> Capabilities:
+        """What is known of the endpoint without asking it."""
+        return of_host(urlsplit(self.base_url).hostname or "")
+
+    def abilities(self, runs: Path) -> Capabilities:
+        """The recipe's word comes first, then what `check --live` found, then the table.
+
+        A seed is part of what makes two answers the same, so one that was only found never turns seeds on: the answers
+        that were paid for without them would be asked again.
+        """
+        found = recorded(runs, self.identity(runs)).model_copy(update={"seed": None})
+        return self.capabilities.over(found.over(self.known()))
+
+    def urls(self) -> list[str]:
+        return [self.base_url]
+
+    def key(self) -> str | None:
+        """The key from the environment; AuthError where there is none, or one that cannot stand in a header."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise AuthError(
+                f"the variable {self.api_key_env} is not set; export it, it holds the key for {self.base_url}"
+            )
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise AuthError(f"the variable {self.api_key_env} holds characters that no key has; set it anew")
+        return key
+
+
+METADATA_HOSTS = {"metadata", "metadata.google.internal", "metadata.goog", "instance-data"}
+_METADATA = [
+    ipaddress.ip_network(n) for n in ("169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "fd00:ec2::254/128")
+]
+
+
+def is_metadata(host: str) -> bool:
+    """Whether a host or address is a cloud's metadata service, which hands out credentials to who asks."""
+    address = _address(host)
+    if address is None:
+        return host.lower().rstrip(".") in METADATA_HOSTS
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return any(mapped in network for network in _METADATA if network.version == mapped.version)
+
+
+def url_problem(url: str, allow_http: bool) -> str | None:
+    """Why a key or a prompt should not be sent to `url`, with what to do; None where nothing speaks against it."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_metadata(host):
+        return f"{host} is a cloud's metadata service, not a model"
+    if parts.scheme == "https" or allow_http:
+        return None
+    address = _address(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return None
+    return f"{url} would send key and prompts unencrypted; use https, or say --allow-http on a network you trust"
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.split("%")[0])
+    except ValueError:
+        return None

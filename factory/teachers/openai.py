@@ -1,119 +1,90 @@
 """Any endpoint that speaks OpenAI's chat completions: one POST per request, the body kept as it came.
 
-Own wire code on aiohttp: the SDK's client spends about ten times the CPU per request, retries on its own, and follows
-redirects with the key in hand. Redirects are off here, and so are retries: `ask.py` has the one retry policy.
+`wire_body` writes a request, `read_chat` reads an answer: of this endpoint, and of every teacher whose bodies have that
+shape. Reading is a pure function of the body, so that a stored one is read the same again at any time.
 """
 
-import os
+import math
 import re
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-import aiohttp
 import msgspec
-from pydantic import Field, field_validator
 
-from factory.errors import AuthError
-from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampling, Usage
-from factory.teachers.entry import Entry
+from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
+from factory.teachers.capabilities import SAMPLING_KEYS, VLLM, Capabilities
+from factory.teachers.entry import BaseUrl, Endpoint
+from factory.teachers.failures import classify
+from factory.teachers.rate_limits import RateLimits
+from factory.teachers.reasoning import separate
+from factory.teachers.strict import strict_json
+from factory.teachers.wire import Wire
 
-MAX_BODY_BYTES = 32 * 2**20
-MAX_COUNT = 2**53
 
-
-class OpenAI(Entry):
+class OpenAI(Endpoint):
     """`{type: openai, model, base_url, api_key_env}`; a server on this machine needs no key."""
 
-    billed: ClassVar[bool] = True
-
     type: Literal["openai"] = "openai"
-    model: str
-    base_url: str = "https://api.openai.com/v1"
-    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url must look like https://host/v1, not {url!r}")
-        if parts.username or parts.password:
-            raise ValueError("base_url must not hold credentials; name the key's variable in api_key_env")
-        return url.rstrip("/")
+    base_url: BaseUrl = "https://api.openai.com/v1"
 
     def identity(self, runs: Path) -> str:
         return f"openai:{self.base_url}:{self.model}"
 
-    def key(self) -> str | None:
-        """The key from the environment; the recipe can only name the variable."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "")
-        if not key:
-            raise AuthError(
-                f"the variable {self.api_key_env} is not set; export it, it holds the key for {self.base_url}"
-            )
-        return key
-
     def open(self, runs: Path) -> "OpenAITeacher":
-        return OpenAITeacher(self.model, self.base_url, self.key(), self.limits.timeout_s, self.limits.max_concurrency)
+        limits = self.limits
+        return OpenAITeacher(
+            self.model, self.base_url, self.key(), limits.timeout_s, limits.max_concurrency,
+            capabilities=self.abilities(runs),
+        )  # fmt: skip
 
 
 class OpenAITeacher:
-    """Sends a request, returns the body. `seeded` servers honour a seed and get one draw per request."""
+    """Sends a request, returns the body. `vllm` pins every sampling value."""
 
     def __init__(
-        self, model: str, base_url: str, key: str | None, timeout_s: float, concurrency: int, vllm: bool = False
-    ) -> None:
+        self, model: str, base_url: str, key: str | None, timeout_s: float, concurrency: int, vllm: bool = False,
+        capabilities: Capabilities | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.base_url, self.concurrency, self.vllm = model, base_url, concurrency, vllm
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(10.0, timeout_s))
-        self._session: aiohttp.ClientSession | None = None
+        self.capabilities = capabilities or (VLLM if vllm else Capabilities())
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._wire = Wire(base_url, headers, key, timeout_s, concurrency)
+
+    @property
+    def rate_limits(self) -> RateLimits | None:
+        """The rate limits that the last response told, if it told any."""
+        return self._wire.rate_limits
 
     async def send(self, request: Request) -> bytes | Failure:
-        session = self._session
-        if session is None:
-            connector = aiohttp.TCPConnector(limit=self.concurrency)
-            session = self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        body = msgspec.json.encode(wire_body(self.model, request, self.vllm))
-        url = f"{self.base_url}/chat/completions"
-        try:
-            async with session.post(url, data=body, headers=self._headers, allow_redirects=False) as response:
-                raw = await response.content.read(MAX_BODY_BYTES + 1)
-                while len(raw) <= MAX_BODY_BYTES and (more := await response.content.read(MAX_BODY_BYTES)):
-                    raw += more
-        except TimeoutError:
-            return Failure(reason="timeout", detail=f"no answer in {self._timeout.total:g} s")
-        except aiohttp.ClientConnectorCertificateError as e:
-            raise AuthError(f"{self.base_url}: its TLS certificate is not trusted ({e.certificate_error})") from None
-        except aiohttp.ClientConnectorError as e:
-            return Failure(
-                reason="outage", detail=f"cannot connect to {self.base_url}: {e.os_error.strerror or e.os_error}"
-            )
-        except aiohttp.ClientError as e:
-            return Failure(reason="transport", detail=f"{type(e).__name__}: {e}")
-        if len(raw) > MAX_BODY_BYTES:
-            return Failure(reason="too_large", detail=f"the body is over {MAX_BODY_BYTES} bytes")
-        if response.status == 200:
-            return raw
-        return classify(response.status, response.headers, raw)
+        if why := self.capabilities.refusal(request.sampling):
+            return Failure(reason="unsupported_parameter", detail=f"{self.model} at {self.base_url}: {why}")
+        answer = await self.post(self.body(request))
+        if isinstance(answer, Failure) and answer.reason == "unsupported_n" and request.n == 1:
+            return msgspec.structs.replace(answer, reason="bad_request")  # it speaks of some other n
+        return answer
+
+    def body(self, request: Request) -> dict[str, Any]:
+        return wire_body(self.model, request, self.vllm, self.capabilities)
+
+    async def post(self, body: dict[str, Any]) -> bytes | Failure:
+        return await self._wire.post("/chat/completions", msgspec.json.encode(body))
 
     def read(self, request: Request, body: bytes) -> Outcome:
-        return read_chat(body, request.n)
+        known = self.capabilities
+        return read_chat(body, request.n, self.model, known.echoes, known.reasoning)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._wire.close()
 
 
-def wire_body(model: str, request: Request, vllm: bool = False) -> dict[str, Any]:
+def wire_body(
+    model: str, request: Request, vllm: bool = False, capabilities: Capabilities | None = None
+) -> dict[str, Any]:
     """The JSON of a request. Values that are the protocol's own defaults stay out: some servers refuse the keys."""
-    s = request.sampling
-    body: dict[str, Any] = {"model": model, "messages": request.messages, "max_tokens": s.max_tokens}
+    s, known = request.sampling, capabilities or Capabilities()
+    body: dict[str, Any] = {"model": model, "messages": request.messages, known.limit or "max_tokens": s.max_tokens}
+    if s.response_format is not None:
+        body["response_format"] = s.response_format
     if s.beam is not None:
         # vLLM's extension: n is the beam width; its server default of temperature 1 would add sampled tokens
         return body | {
@@ -123,155 +94,187 @@ def wire_body(model: str, request: Request, vllm: bool = False) -> dict[str, Any
             "temperature": 0,
         }
     body["temperature"] = s.temperature
-    if request.n > 1:
+    if request.n > 1 and known.n is not False:
         body["n"] = request.n
-    if request.seed is not None:
+    if request.seed is not None and known.seed is not False:
         body["seed"] = request.seed
-    if s.stop:
-        body["stop"] = s.stop
     neutral = Sampling()
-    for name in ("top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty"):
+    for name in SAMPLING_KEYS:
         # a vLLM server takes unset values from the model's generation_config: pin them all
-        if vllm or getattr(s, name) != getattr(neutral, name):
+        if getattr(s, name) != getattr(neutral, name) or (vllm and name != "stop"):
             body[name] = getattr(s, name)
     return body
 
 
-def classify(status: int, headers: Any, raw: bytes) -> Failure:
-    """A non-200 answer as a `Failure`: by status, then by the provider's code, then by its words."""
-    text = raw[:2000].decode("utf-8", "replace")
-    code = ""
-    try:
-        error = msgspec.json.decode(raw).get("error") or {}
-        code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
-        text = str(error.get("message") or text) if isinstance(error, dict) else str(error)
-    except (msgspec.DecodeError, AttributeError):
-        pass  # not JSON, or JSON of another shape: its text is the detail
-    told = f"{code} {text}".lower()
-    reason: Reason = "bad_request"
-    if status in (401, 403, 407):
-        reason = "auth"
-    elif status == 402 or (
-        status in (400, 429) and re.search(r"insufficient_quota|credit|billing|spend.?limit|spend.?cap", told)
-    ):
-        reason = "quota"
-    elif status == 429:
-        reason = "rate_limited"
-    elif status == 404:
-        reason = "model_not_found"
-    elif status == 413:
-        reason = "too_large"
-    elif status in (408, 504):
-        reason = "timeout"
-    elif status in (409, 425) or status >= 500:
-        reason = "server_error"
-    elif re.search(r"context.?length|maximum context|context_window|too many tokens", told):
-        reason = "context_overflow"
-    elif re.search(r"content.?filter|content.?policy|content management policy|safety", told):
-        reason = "refused_input"
-    return Failure(
-        reason=reason, detail=f"HTTP {status}: {text[:500]}", status=status, retry_after=retry_after(headers)
-    )
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+REASONING_FIELDS = ("reasoning", "reasoning_content")
+ENDED = {"eos": "stop", "eos_token": "stop"}
+"""Together's and TGI's documented words for an answer that ended by itself. All other words are kept as they are."""
+
+SPECIAL_TOKEN = re.compile(
+    r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*\Z"
+)
 
 
-def retry_after(headers: Any) -> float | None:
-    """Seconds to wait as the server says: `retry-after-ms`, seconds, or an HTTP date; None where it says nothing."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        try:
-            seconds = float(value) / per_second
-        except ValueError:
-            try:
-                seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-            except (ValueError, TypeError):
-                continue
-        if seconds == seconds:  # NaN is not a wait
-            return min(max(seconds, 0.0), 3600.0)
-    return None
+def read_chat(
+    body: bytes, n: int = 1, model: str | None = None, echoes: list[str] | None = None, reasoning: str | None = None
+) -> Outcome:
+    """The body of a chat completion as a `Reply` of at most `n` choices, or the `Failure` that it really is.
 
-
-def read_chat(body: bytes, n: int = 1) -> Outcome:
-    """The body of a chat completion as a `Reply` of at most `n` choices, or the `Failure` that it really is."""
-    try:
-        data = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        return Failure(reason="bad_json", detail=f"{e}: {body[:200].decode('utf-8', 'replace')}")
+    `model` is who was asked: a server that names another one is not who we wanted, unless its name is in `echoes`.
+    """
+    data = strict_json(body)
+    if isinstance(data, Failure):
+        return data
+    if isinstance(data, list) and data and isinstance(data[0], dict) and "error" in data[0]:
+        data = data[0]  # Gemini wraps its errors in a list
     if not isinstance(data, dict):
-        return Failure(reason="bad_json", detail="the body is not an object")
+        return Failure(reason="bad_json", detail=f"the body is no object: {body[:200].decode('utf-8', 'replace')}")
+    return read_completion(data, n, model, echoes, reasoning)
+
+
+def read_completion(
+    data: dict[str, Any],
+    n: int = 1,
+    model: str | None = None,
+    echoes: list[str] | None = None,
+    reasoning: str | None = None,
+) -> Outcome:
+    """The same for a body that is parsed already."""
     if error := data.get("error"):  # some gateways answer 200 with an error inside
-        inner = error if isinstance(error, dict) else {"message": str(error)}
-        code = inner.get("code")
-        return classify(code if isinstance(code, int) else 400, {}, msgspec.json.encode({"error": inner}))
+        return classify(0, {}, msgspec.json.encode({"error": error}))
+    echoed = data.get("model")
+    echoed = echoed if isinstance(echoed, str) else ""
+    if model and echoed and not same_model(model, echoed) and echoed not in (echoes or ()):
+        detail = f"{model} was asked, but {echoed} answered; if that is right, set capabilities: {{echoes: [{echoed}]}}"
+        return Failure(reason="wrong_model", detail=detail)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
         return Failure(reason="missing_choice", detail="the body has no choices")
-    usage = _map(data.get("usage"))
-    read = [_choice(c) for c in choices[:n]]
-    failed = next((c for c in read if isinstance(c, Failure)), None)
+    read = [_choice(c, reasoning) for c in choices[:n]]
+    failed = [c for c in read if isinstance(c, Failure)]
     good = [c for c in read if isinstance(c, Choice)]
-    if failed is not None and not good:
-        return failed
-    if len(good) == 1 and good[0].tokens is None:
-        good = [msgspec.structs.replace(good[0], tokens=_count(usage, "completion_tokens") or None)]
-    return Reply(choices=good, usage=_usage(usage), model=str(data.get("model") or ""))
+    if not good:
+        return failed[0]
+    usage, counted = _usage(data.get("usage"))
+    if len(choices) == 1 and good[0].tokens is None:
+        good = [msgspec.structs.replace(good[0], tokens=usage.completion_tokens or None)]
+    return Reply(choices=good, usage=usage, model=echoed, failed=failed, counted=counted)
 
 
-def _choice(choice: dict[str, Any]) -> Choice | Failure:
-    message = _map(choice.get("message"))
+def _choice(choice: dict[str, Any], field: str | None) -> Choice | Failure:
+    if error := choice.get("error"):
+        return classify(0, {}, msgspec.json.encode({"error": error}))
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {}
     finish = choice.get("finish_reason")
-    text = message.get("content")
-    reasoning = message.get("reasoning") or message.get("reasoning_content")
-    reasoning = reasoning if isinstance(reasoning, str) and reasoning else None
+    finish = ENDED.get(finish, finish) if isinstance(finish, str) and finish else "unknown"
     if finish == "content_filter":
         return Failure(reason="filtered_output", detail="the provider filtered the answer")
-    if message.get("tool_calls"):
+    if message.get("tool_calls") or message.get("function_call") or finish in ("tool_calls", "function_call"):
         return Failure(reason="tool_calls", detail="the model called a tool")
-    if not isinstance(text, str) or not text.strip():
-        if finish == "length" and not reasoning:
-            return Choice(text="", finish="length")
-        return Failure(reason="reasoning_only" if reasoning else "empty", detail="the answer has no text")
+    text, thought = _content(message.get("content"))
+    if not text.strip() and isinstance(refusal := message.get("refusal"), str) and refusal:
+        return Failure(reason="refused", detail=refusal[:500])
+    parts = separate(text)
+    names = (field, *REASONING_FIELDS) if field else REASONING_FIELDS
+    fields = [message[name] for name in dict.fromkeys(names) if isinstance(message.get(name), str)][:1]
+    reasoning = "\n".join(part for part in (*fields, thought, parts.reasoning) if part and part.strip()) or None
+    return _judged(parts.answer, reasoning, finish, choice)
+
+
+def _judged(answer: str | None, reasoning: str | None, finish: str, choice: dict[str, Any]) -> Choice | Failure:
+    """An answer and its reasoning as a `Choice`, if they can be data."""
+    if answer is None and finish == "stop":
+        return Failure(
+            reason="reasoning_unclosed", detail=f"no answer can be told from the reasoning: {reasoning}"[:500]
+        )
+    if reasoning and not (answer or "").strip():
+        return Failure(reason="reasoning_only", detail=f"there is reasoning, but no answer (finish: {finish})")
+    if not (answer or "").strip() and finish != "length":
+        return Failure(reason="empty", detail=f"the answer has no text (finish: {finish})")
+    if found := _special(answer or "") or _special(reasoning or ""):
+        return Failure(
+            reason="special_tokens", detail=f"the text holds {found[0]!r}, which would break a chat template"
+        )
     return Choice(
-        text=text,
-        finish=finish if isinstance(finish, str) and finish else "unknown",
+        text=answer if answer and answer.strip() else "",
+        finish=finish,
         reasoning=reasoning,
         logprob=_logprob(choice),
-        tokens=_count(choice, "tokens") if "tokens" in choice else None,
+        tokens=_count(choice, "tokens"),
     )
 
 
-def _map(value: Any) -> dict[str, Any]:
-    """Servers put anything anywhere; what is not a map holds nothing for us."""
-    return value if isinstance(value, dict) else {}
+def _special(text: str) -> re.Match[str] | None:
+    # most texts have neither bracket, and finding that out costs a fiftieth of the search
+    return SPECIAL_TOKEN.search(text) if "<" in text or "[" in text else None
+
+
+def _content(content: Any) -> tuple[str, str | None]:
+    """The text of a message, and the reasoning where content comes in typed parts."""
+    if isinstance(content, str):
+        return content, None
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    text = "".join(p["text"] for p in parts if p.get("type") == "text" and isinstance(p.get("text"), str))
+    thoughts = [_content(p["thinking"])[0] for p in parts if p.get("type") == "thinking" and "thinking" in p]
+    return text, "\n".join(thoughts) or None
 
 
 def _logprob(choice: dict[str, Any]) -> float | None:
     """Log-probability of the whole answer in nats, where the server tells it."""
-    if (total := _number(choice.get("logprob"))) is not None:
-        return total
-    tokens = _map(choice.get("logprobs")).get("content")
-    each = [_number(_map(token).get("logprob")) for token in tokens] if isinstance(tokens, list) else []
-    numbers = [value for value in each if value is not None]
-    return sum(numbers) if each and len(numbers) == len(each) else None
+    total = choice.get("logprob")
+    if total is None:
+        told = choice.get("logprobs")
+        tokens = told.get("content") if isinstance(told, dict) else None
+        if not isinstance(tokens, list) or not tokens:
+            return None
+        parts = [t["logprob"] for t in tokens if isinstance(t, dict) and isinstance(t.get("logprob"), int | float)]
+        total = sum(parts) if len(parts) == len(tokens) else None
+    return float(total) if isinstance(total, int | float) and math.isfinite(total) else None
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) <= MAX_COUNT else None
+def _usage(told: Any) -> tuple[Usage, bool]:
+    """Usage as the server counts it, and whether it can be believed: given, and no less than nothing."""
+    told = told if isinstance(told, dict) else {}
+    prompt, completion = _count(told, "prompt_tokens"), _count(told, "completion_tokens")
+    seconds = told.get("seconds")
+    usage = Usage(
+        prompt_tokens=prompt or 0,
+        completion_tokens=completion or 0,
+        cached_tokens=_count(told, "prompt_tokens_details", "cached_tokens")
+        or _count(told, "prompt_cache_hit_tokens")
+        or 0,
+        reasoning_tokens=_count(told, "completion_tokens_details", "reasoning_tokens") or 0,
+        seconds=float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0,
+    )
+    return usage, prompt is not None and completion is not None
 
 
-def _count(usage: dict[str, Any], *path: str) -> int:
-    value: Any = usage
+def _count(told: dict[str, Any], *path: str) -> int | None:
+    value: Any = told
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return int(min(max(value, 0), MAX_COUNT)) if isinstance(value, int | float) else 0
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1e12 else None
 
 
-def _usage(usage: dict[str, Any]) -> Usage:
-    return Usage(
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
-        cached_tokens=_count(usage, "prompt_tokens_details", "cached_tokens"),
-        reasoning_tokens=_count(usage, "completion_tokens_details", "reasoning_tokens"),
-        seconds=_number(usage.get("seconds")) or 0.0,
-    )
+# -- who answered ------------------------------------------------------------------------------------------------------
+
+_SNAPSHOT = re.compile(r"(?:[-:@](?:latest|preview|0|\d{4}-?\d{2}-?\d{2}|\d{2}-\d{2}|\d{2}-\d{4}|\d{3,8}))+$")
+
+
+def same_model(asked: str, echoed: str) -> bool:
+    """Whether a server's name for a model means the one that was asked.
+
+    An alias may resolve to a dated snapshot (`gpt-4o` to `gpt-4o-2024-08-06`, `m-latest` to `m-2409`), and a gateway may
+    leave a vendor's prefix out. A snapshot that was asked for by its date must be that one.
+    """
+    asked, echoed = asked.lower(), echoed.lower()
+    if ("/" in asked) != ("/" in echoed):
+        asked, echoed = asked.rpartition("/")[2], echoed.rpartition("/")[2]
+    if asked == echoed:
+        return True
+    base, echoed_base = _SNAPSHOT.sub("", asked), _SNAPSHOT.sub("", echoed)
+    dated = re.search(r"\d{2}", asked[len(base) :]) is not None
+    return base == echoed_base and (not dated or echoed == echoed_base)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from factory.errors import EngineError
 from factory.rows import Failure, Message, Outcome, Request
+from factory.teachers.capabilities import LOCAL, Capabilities
 from factory.teachers.entry import Entry
 from factory.teachers.openai import read_chat
 from factory.weights import Weights, fingerprint, is_path, located
@@ -36,6 +37,9 @@ class Transformers(Weights, Entry):
 
     def identity(self, runs: Path) -> str:
         return f"weights:{fingerprint(self, runs / 'weights')}"
+
+    def abilities(self, runs: Path) -> Capabilities:
+        return LOCAL
 
     def open(self, runs: Path) -> "TransformersTeacher":
         if is_path(self.model):

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from factory.errors import EngineError
 from factory.rows import Failure, Outcome, Request
+from factory.teachers.capabilities import VLLM, Capabilities
 from factory.teachers.entry import Entry
 from factory.teachers.openai import OpenAITeacher, read_chat
 from factory.weights import Weights, fingerprint
@@ -48,6 +49,12 @@ class Vllm(Weights, Entry):
 
     def identity(self, runs: Path) -> str:
         return f"weights:{fingerprint(self, runs / 'weights')}"
+
+    def abilities(self, runs: Path) -> Capabilities:
+        return VLLM
+
+    def urls(self) -> list[str]:
+        return [self.base_url] if self.base_url else []
 
     def open(self, runs: Path) -> "VllmTeacher":
         return VllmTeacher(self)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks._figures import Cost, Figure, child, judged, main, median_of, prompts
-from benchmarks._server import Server, serving
+from benchmarks._server import serving
 
 CONCURRENCY = 256
 CLIENT_CORE = 0
@@ -92,7 +92,6 @@ async def _openai(url: str, count: int, folder: Path) -> None:
     from openai import AsyncOpenAI
 
     waiting = prompts(count)
-    folder.mkdir(exist_ok=True)
     async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         with (folder / "answers.jsonl").open("w") as out:
 
@@ -110,6 +109,8 @@ CLIENTS = {"factory": _factory, "openai": _openai}
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in CLIENTS:
-        asyncio.run(CLIENTS[sys.argv[1]](sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))
+        where = Path(sys.argv[4])
+        where.mkdir(exist_ok=True)
+        asyncio.run(CLIENTS[sys.argv[1]](sys.argv[2], int(sys.argv[3]), where))
     else:
         main(__doc__, measure, prompts=(10_000, 500), pairs=(5, 2))

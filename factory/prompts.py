@@ -203,7 +203,7 @@ def _read(knobs: PromptSet, find: Find) -> PromptList:
             one.endings.append(got)
         else:
             one.add(line, got)
-            if len(one.prompts) == knobs.take:
+            if len(one.lines) == knobs.take:
                 break
     if not one.prompts:
         why = f"; line {one.endings[0].row}: {one.endings[0].reason}" if one.endings else ""
@@ -236,8 +236,9 @@ class _Seen:
 
     def duplicate(self, prompt: Prompt, line: int) -> Ending | None:
         """The same messages again. Another answer to them is data; another reference is a contradiction."""
-        position = self._first.setdefault(int(prompt.id, 16), len(self.one.prompts))
-        if position == len(self.one.prompts):
+        here = len(self.one.lines)
+        position = self._first.setdefault(int(prompt.id, 16), here)
+        if position == here:
             return None
         first, first_line = self.one.prompts.read(position), self.one.lines[position]
         if first.reference != prompt.reference:

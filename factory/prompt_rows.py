@@ -37,10 +37,13 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
     that does not have the columns at all.
     """
     mapped = {name: _column(text, f"columns.{name}") for name, text in columns.items()}
+    by_form = not {"prompt", "messages"} & mapped.keys()
 
     def read(row: dict[str, Any], place: str) -> Prompt:
-        fields = {} if {"prompt", "messages"} & mapped.keys() else _recognised(row, place)
-        return _prompt(fields | {name: value(row, place) for name, value in mapped.items()}, source)
+        fields = _recognised(row, place) if by_form else {}
+        for name, value in mapped.items():
+            fields[name] = value(row, place)
+        return _prompt(fields, source)
 
     return read
 

@@ -1,7 +1,7 @@
 """Prompt lists in: rows become prompts with content ids, are linted, and split once into train and test.
 
-Every row of a file ends somewhere: it is a prompt, or an `Ending` with a reason. Rows are streamed, but the prompts
-that are kept stay in memory: a million of 500 characters take about 1.6 GB.
+Every row of a file ends somewhere: it is a prompt, or an `Ending` with a reason. Rows are read once; the prompts that
+are kept go to a file of their own, and memory holds a few numbers for each, however long they are.
 
 The split. `held_out: N` takes the N prompts with the smallest hash of (seed, id): neither order nor other rows decide
 about a prompt, and rows added later leave a held-out prompt where it is, except that each new one with a smaller hash
@@ -9,11 +9,13 @@ takes the place of the one with the largest. Near-duplicates go to one side toge
 order of their smallest hash, if they still fit into N.
 """
 
+import heapq
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +23,7 @@ from factory.errors import RecipeError
 from factory.knobs import Knobs
 from factory.prompt_files import READERS, Find, read
 from factory.prompt_rows import Column, Reader, Unreadable, prompt_reader
+from factory.prompt_spool import Part, Spool
 from factory.rows import Prompt, Row, digest
 
 MAX_CHARACTERS = 100_000
@@ -82,31 +85,48 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 
 @dataclass
 class PromptList:
-    """One list, read and split. `kept` are (line, prompt) in file order; `held_out` are ids; `wanted` of them."""
+    """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
+    of prompts that do not go into `train`. `wanted` is how many were to be held out."""
 
     name: str
-    kept: list[tuple[int, Prompt]]
-    endings: list[Ending]
     wanted: int = 0
+    prompts: Spool = field(default_factory=Spool)
+    lines: "array[int]" = field(default_factory=lambda: array("Q"))
+    ids: "array[int]" = field(default_factory=lambda: array("Q"))
+    endings: list[Ending] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
+    held_out_elsewhere: set[str] = field(default_factory=set)
     straddling: int = 0
 
-    @property
-    def train(self) -> list[Prompt]:
-        return [prompt for _, prompt in self.kept if prompt.id not in self.held_out]
+    def add(self, line: int, prompt: Prompt) -> None:
+        self.prompts.append(prompt)
+        self.lines.append(line)
+        self.ids.append(int(prompt.id, 16))
 
     @property
-    def test(self) -> list[Prompt]:
-        return [prompt for _, prompt in self.kept if prompt.id in self.held_out]
+    def kept(self) -> Iterator[tuple[int, Prompt]]:
+        """Line in the file, and prompt, in file order."""
+        both = zip(self.lines, Part(self.prompts, range(len(self.prompts))), strict=True)
+        return ((line, prompt) for line, prompt in both if prompt.id not in self.held_out_elsewhere)
+
+    @property
+    def train(self) -> Part:
+        elsewhere = {int(id_, 16) for id_ in self.held_out | self.held_out_elsewhere}
+        return Part(self.prompts, array("Q", (i for i, number in enumerate(self.ids) if number not in elsewhere)))
+
+    @property
+    def test(self) -> Part:
+        held_out = {int(id_, 16) for id_ in self.held_out}
+        return Part(self.prompts, array("Q", (i for i, number in enumerate(self.ids) if number in held_out)))
 
     @property
     def funnel(self) -> Funnel:
         reasons = Counter(ending.kind for ending in self.endings)
-        failed, test = reasons["unreadable"], len(self.test)
+        failed, train, test = reasons["unreadable"], len(self.train), len(self.test)
         return Funnel(
-            stage="prompts", name=self.name, unit="rows", in_=len(self.kept) + len(self.endings),
-            kept=len(self.kept), dropped=reasons.total() - failed, failed=failed, reasons=dict(+reasons),
-            train=len(self.kept) - test, test=test,
+            stage="prompts", name=self.name, unit="rows", in_=train + test + len(self.endings),
+            kept=train + test, dropped=reasons.total() - failed, failed=failed, reasons=dict(+reasons),
+            train=train, test=test,
         )  # fmt: skip
 
 
@@ -119,17 +139,16 @@ class PromptLists:
     def __iter__(self) -> Iterator[PromptList]:
         return iter(self.by_name.values())
 
-    def train(self, name: str) -> list[Prompt]:
+    def train(self, name: str) -> Part:
         return self.by_name[name].train
 
-    def test(self, name: str) -> list[Prompt]:
+    def test(self, name: str) -> Part:
         return self.by_name[name].test
 
     def digest(self, name: str) -> str:
         """Equal when the same prompts, with the same references and answers, stand on the same sides."""
         one = self.by_name[name]
-        facts = [(p.id, p.reference, p.completion, p.tags, p.id in one.held_out) for _, p in one.kept]
-        return digest(name, facts)
+        return digest(name, one.train.digest, one.test.digest)
 
     @property
     def funnel(self) -> list[Funnel]:
@@ -171,30 +190,22 @@ def _oddities(one: PromptList) -> Iterator[str]:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _First(NamedTuple):
-    """Where a prompt was seen first, and which answers came with it so far."""
-
-    line: int
-    reference: str | None
-    completions: set[str | None]
-
-
 def _read(knobs: PromptSet, find: Find) -> PromptList:
     """The rows of one list up to `take` good ones; each is kept or has an ending."""
     as_prompt = prompt_reader(knobs.columns, knobs.title)
-    one = PromptList(knobs.title, [], [], knobs.held_out)
-    seen: dict[str, _First] = {}
+    one = PromptList(knobs.title, knobs.held_out)
+    seen = _Seen(one, knobs.path)
     for line, row in read(knobs.path, knobs.split, find):
         got = _made(row, line, as_prompt, knobs.path)
         if isinstance(got, Prompt):
-            got = _duplicate(got, line, seen, knobs.path) or got
+            got = seen.duplicate(got, line) or got
         if isinstance(got, Ending):
             one.endings.append(got)
         else:
-            one.kept.append((line, got))
-            if len(one.kept) == knobs.take:
+            one.add(line, got)
+            if len(one.lines) == knobs.take:
                 break
-    if not one.kept:
+    if not one.prompts:
         why = f"; line {one.endings[0].row}: {one.endings[0].reason}" if one.endings else ""
         raise RecipeError(f"{knobs.path}: there are no prompts in it{why}")
     return one
@@ -215,18 +226,31 @@ def _made(row: dict[str, Any] | None, line: int, as_prompt: Reader, path: str) -
     return prompt
 
 
-def _duplicate(prompt: Prompt, line: int, seen: dict[str, _First], path: str) -> Ending | None:
-    """The same messages again. Another answer to them is data; another reference is a contradiction."""
-    first = seen.setdefault(prompt.id, _First(line, prompt.reference, set()))
-    if first.reference != prompt.reference:
-        raise RecipeError(
-            f"{path}: lines {first.line} and {line} ask the same, but their references differ: "
-            f"{_shown(first.reference)} and {_shown(prompt.reference)}"
-        )
-    if prompt.completion in first.completions:
-        return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first.line}", evidence=prompt.id)
-    first.completions.add(prompt.completion)
-    return None
+class _Seen:
+    """Which prompts a list has so far, and which answers came with those that it has more than once."""
+
+    def __init__(self, one: PromptList, path: str) -> None:
+        self.one, self.path = one, path
+        self._first: dict[int, int] = {}  # id -> position in the list
+        self._answers: dict[str, set[str]] = {}
+
+    def duplicate(self, prompt: Prompt, line: int) -> Ending | None:
+        """The same messages again. Another answer to them is data; another reference is a contradiction."""
+        here = len(self.one.lines)
+        position = self._first.setdefault(int(prompt.id, 16), here)
+        if position == here:
+            return None
+        first, first_line = self.one.prompts.read(position), self.one.lines[position]
+        if first.reference != prompt.reference:
+            raise RecipeError(
+                f"{self.path}: lines {first_line} and {line} ask the same, but their references differ: "
+                f"{_shown(first.reference)} and {_shown(prompt.reference)}"
+            )
+        answers = self._answers.setdefault(prompt.id, {digest(first.completion)})
+        if (answer := digest(prompt.completion)) in answers:
+            return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first_line}", evidence=prompt.id)
+        answers.add(answer)
+        return None
 
 
 def _shown(reference: str | None) -> str:
@@ -240,44 +264,59 @@ def _split(one: PromptList, seed: int) -> None:
     """Choose the held-out ids: whole groups of near-duplicates, smallest hash first, while they fit."""
     if not one.wanted:
         return
-    texts = {prompt.id: _said(prompt) for _, prompt in one.kept}
-    if one.wanted >= len(texts):
-        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} of {len(texts)} prompts leaves none to train on")
-    by_hash = sorted(texts, key=lambda id_: digest("held out", seed, id_))
-    groups: dict[int, list[str]] = {}
-    labels = _similar([texts[id_] for id_ in by_hash])
-    for id_, label in zip(by_hash, labels, strict=True):
-        groups.setdefault(label, []).append(id_)
-    for group in groups.values():  # in the order of their smallest hash
-        if len(one.held_out) + len(group) <= one.wanted:
-            one.held_out.update(group)
+    total = len(set(one.ids))
+    if one.wanted >= total:
+        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on")
+    looked_at = one.wanted
+    while len(one.held_out) < one.wanted and looked_at < total:
+        looked_at = min(2 * looked_at, total)  # those with larger hashes matter only where groups do not fit
+        one.held_out.clear()
+        by_hash = heapq.nsmallest(looked_at, _ids(one), key=lambda id_: digest("held out", seed, id_))
+        groups = _groups(one.train, by_hash)
+        for group in groups:  # in the order of their smallest hash
+            if len(one.held_out) + len(group) <= one.wanted:
+                one.held_out.update(group)
     blindly = set(by_hash[: one.wanted])
-    one.straddling = sum(1 for group in groups.values() if 0 < len(blindly.intersection(group)) < len(group))
+    one.straddling = sum(1 for group in groups if 0 < len(blindly.intersection(group)) < len(group))
     if not one.held_out:
         raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} is less than any group of near-duplicates")
+
+
+def _ids(one: PromptList) -> Iterator[str]:
+    """Each id once."""
+    return (f"{number:016x}" for number in set(one.ids))
+
+
+def _groups(prompts: Part, ids: list[str]) -> list[set[str]]:
+    """The groups of near-duplicates that the `ids` are in, in their order."""
+    wanted = dict.fromkeys(ids, "")
+    wanted.update((prompt.id, _said(prompt)) for prompt in prompts if prompt.id in wanted)
+    groups: dict[str, set[str]] = {}
+    for id_, first in _similar(wanted, prompts).items():
+        groups.setdefault(first, set()).add(id_)
+    return [groups[id_] for id_ in ids if id_ in groups]
 
 
 def _keep_apart(one: PromptList, others: list[PromptList]) -> None:
     """Take out of a list's train part what is held out elsewhere, or nearly the same as that."""
     tests = {prompt.id: _said(prompt) for other in others for prompt in other.test}
-    trains = {prompt.id: _said(prompt) for prompt in one.train}
-    if not tests or not trains:
+    train = one.train
+    if not tests or not train:
         return
-    labels = _similar([*tests.values(), *trains.values()])
-    of_group = dict(zip(labels, tests, strict=False))  # the first labels are those of the tests
-    near = {id_: of_group[label] for id_, label in zip(trains, labels[len(tests) :], strict=True) if label in of_group}
-    twins = near | {id_: id_ for id_ in trains if id_ in tests}
+    near = _similar(tests, train)
+    out = near.keys() - one.held_out
     for line, prompt in one.kept:
-        if prompt.id in twins:
-            one.endings.append(Ending(row=line, id=prompt.id, reason="held_out_elsewhere", evidence=twins[prompt.id]))
-    one.kept = [(line, prompt) for line, prompt in one.kept if prompt.id not in twins]
+        if prompt.id in out:
+            evidence = prompt.id if prompt.id in tests else near[prompt.id]
+            one.endings.append(Ending(row=line, id=prompt.id, reason="held_out_elsewhere", evidence=evidence))
+    one.held_out_elsewhere = out
 
 
-def _similar(texts: list[str]) -> list[int]:
+def _similar(seeds: Mapping[str, str], prompts: Part) -> dict[str, str]:
     # the one look down the map: near-duplicates are found in one way, for prompts as for answers
-    from factory.filters.duplicates import similar_groups
+    from factory.filters.duplicates import similar_to
 
-    return similar_groups(texts, NEAR)
+    return similar_to(seeds, lambda: ((prompt.id, _said(prompt)) for prompt in prompts), NEAR)
 
 
 def _said(prompt: Prompt) -> str:

@@ -79,7 +79,7 @@ class StageWriter:
                 self.count_reason(row.verdicts[-1].reason)
         self.counts[ending] += units
         full = self._in_shard[ending] >= ROWS_PER_SHARD
-        if ending not in self._files or (full and prompt != self._last_prompt.get(ending)):
+        if ending not in self._files or (full and (not prompt or prompt != self._last_prompt.get(ending))):
             self._next_shard(ending)
         line = encode(row) + b"\n"
         self._files[ending].write(line)

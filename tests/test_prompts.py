@@ -304,6 +304,15 @@ def test_what_one_list_holds_out_is_in_no_other_lists_train_part(tmp_path: Path)
     assert removed["nearly the same"] > 0
 
 
+def test_every_answer_to_a_question_that_is_held_out_elsewhere_is_counted(tmp_path: Path) -> None:
+    first = write_questions(tmp_path / "first.txt", range(30))
+    rows = [{"prompt": question(i), "completion": str(draw)} for i in range(60) for draw in range(2)]
+    both = lists(first={"path": str(first), "held_out": 10}, second={"path": str(jsonl(tmp_path / "b.jsonl", rows))})
+    funnel = both.by_name["second"].funnel
+    assert (funnel.in_, funnel.train, funnel.dropped) == (120, 100, 20)
+    assert not ids(both.test("first")) & ids(both.train("second"))
+
+
 def test_two_lists_of_one_name_are_refused(tmp_path: Path) -> None:
     path = str(write_questions(tmp_path / "a.txt", range(3)))
     with pytest.raises(RecipeError, match="two lists are called 'a'"):

@@ -9,7 +9,7 @@ Bands of four rows: at similarity s, 1 - (1 - s**4) ** 32 of the pairs are looke
 decide. The estimate's standard error is sqrt(s (1-s) / 128), about .04.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -122,20 +122,39 @@ def _minhash(grams: list[str]) -> Any:
     return signature
 
 
-def similar_groups(texts: list[str], threshold: float) -> list[int]:
-    """A label per text: texts with a chain of near-duplicates between them share it (the first one's position)."""
-    index = _Index(threshold)
-    parent = list(range(len(texts)))
+def similar_to(
+    seeds: Mapping[str, str], others: Callable[[], Iterable[tuple[str, str]]], threshold: float
+) -> dict[str, str]:
+    """Names of the seeds, and of the other texts that a chain of near-duplicates joins to one; each with its first seed.
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    `seeds` are name -> text; `others` gives (name, text) afresh at each call, and may give the seeds again. It is gone
+    through until nothing joins, so that memory grows with what has joined, not with all that is compared.
+    """
+    first = {name: name for name in seeds}
+    order = {name: i for i, name in enumerate(seeds)}
 
-    for i, text in enumerate(texts):
-        for twin, _ in index.near(text):
-            a, b = sorted((root(int(twin)), root(i)))
-            parent[b] = a
-        index.add(text, str(i))
-    return [root(i) for i in range(len(texts))]
+    def root(name: str) -> str:
+        while first[name] != name:
+            first[name] = first[first[name]]
+            name = first[name]
+        return name
+
+    def join(a: str, b: str) -> None:
+        a, b = sorted((root(a), root(b)), key=order.__getitem__)
+        first[b] = a
+
+    news = dict(seeds)
+    while news:
+        index = _Index(threshold)
+        for name, text in news.items():
+            for twin, _ in index.near(text):
+                join(twin, name)
+            index.add(text, name)
+        news = {}
+        for name, text in others():
+            if name not in first or name in news:
+                for twin, _ in index.near(text):
+                    if name not in first:
+                        first[name], order[name], news[name] = name, len(order), text
+                    join(twin, name)
+    return {name: root(name) for name in first}

@@ -20,6 +20,7 @@ from factory.ask import Desk, Model, Tally, runs
 from factory.asking import AskKnob, Plain
 from factory.knobs import Knobs
 from factory.models import Models
+from factory.prompt_spool import Part
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
 from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
@@ -216,13 +217,13 @@ class Teaching:
     planned: int = 0
     tallies: list[Tally] = field(default_factory=list)
 
-    async def samples(self, prompts: Sequence[Prompt]) -> AsyncIterator[Sample]:
+    async def samples(self, prompts: Part) -> AsyncIterator[Sample]:
         """All samples in prompt order. Each model answers its prompts before the next one starts: one fits in memory."""
         done = accepted = 0
         while done < len(prompts) and (self.knobs.want is None or accepted < self.knobs.want):
             chunk = prompts[done : done + self._chunk(done, accepted, len(prompts))]
             done += len(chunk)
-            shares = {name: [p for p in chunk if name in self._answering(p)] for name in self.knobs.models}
+            shares = {name: self._share(chunk, name) for name in self.knobs.models}
             answers = {name: await self._answers(name, share) for name, share in shares.items() if share}
             for prompt in chunk:
                 for sample in (sample for name in self._answering(prompt) for sample in next(answers[name])):
@@ -253,7 +254,13 @@ class Teaching:
                 return [name]
         return [name]  # only rounding leads here
 
-    async def _answers(self, name: str, prompts: list[Prompt]) -> Iterator[list[Sample]]:
+    def _share(self, prompts: Part, name: str) -> Part:
+        """The prompts that a model answers."""
+        if not isinstance(self.knobs.model, dict):
+            return prompts
+        return prompts.where(lambda prompt: name in self._answering(prompt))
+
+    async def _answers(self, name: str, prompts: Part) -> Iterator[list[Sample]]:
         """Ask one model; the samples of each prompt in turn."""
         entry = self.models.entry(name)
         if isinstance(entry, Reference):
@@ -264,7 +271,7 @@ class Teaching:
                 return await self._until(self.knobs.until, model, prompts)
             return (await self._draw(model, prompts, lambda _: range(self.knobs.draws)))()
 
-    async def _until(self, until: Until, model: Model, prompts: list[Prompt]) -> Iterator[list[Sample]]:
+    async def _until(self, until: Until, model: Model, prompts: Part) -> Iterator[list[Sample]]:
         """Rounds of `accepted` draws, for the prompts that still lack accepted answers."""
         rounds: list[tuple[set[str], Iterator[list[Sample]]]] = []
         good: Counter[str] = Counter()
@@ -275,7 +282,7 @@ class Teaching:
             rounds.append(({prompt.id for prompt in pending}, read()))
             for prompt, found in zip(pending, read(), strict=True):
                 good[prompt.id] += sum(s.ending == "kept" and self.accept(s) is None for s in found)
-            pending = [prompt for prompt in pending if good[prompt.id] < until.accepted]
+            pending = pending.where(lambda prompt: good[prompt.id] < until.accepted)
             if not pending:
                 break
         tried = ([s for ids, found in rounds if prompt.id in ids for s in next(found)] for prompt in prompts)
@@ -292,22 +299,22 @@ class Teaching:
             out.append(sample.judged(verdict) if verdict else sample)
         return out
 
-    async def _draw(self, model: Model, prompts: list[Prompt], draws: Draws) -> Read:
+    async def _draw(self, model: Model, prompts: Part, draws: Draws) -> Read:
         """Ask for some draws of each prompt, and the fallback for those that failed or were refused."""
-        self.planned += sum(len(draws(prompt)) for prompt in prompts)
         read = await self._ask(model, prompts, draws)
+        self.planned += self.tallies[-1].planned
         if self.knobs.fallback is None:
             return read
-        lacking = {
-            prompt.id: [s.draw for s in found if s.ending != "kept" or self.refused(s)]
-            for prompt, found in zip(prompts, read(), strict=True)
-        }
+        lacking: dict[str, list[int]] = {}
+        for prompt, found in zip(prompts, read(), strict=True):
+            if draws_left := [s.draw for s in found if s.ending != "kept" or self.refused(s)]:
+                lacking[prompt.id] = draws_left
         await model.teacher.close()  # two local models at once may not fit; it opens again at its next request
         async with self.models.open(self.knobs.fallback) as other:
-            read_other = await self._ask(other, prompts, lambda prompt: lacking[prompt.id])
+            read_other = await self._ask(other, prompts, lambda prompt: lacking.get(prompt.id, ()))
         return lambda: (_mended(found, others) for found, others in zip(read(), read_other(), strict=True))
 
-    async def _ask(self, model: Model, prompts: list[Prompt], draws: Draws) -> Read:
+    async def _ask(self, model: Model, prompts: Part, draws: Draws) -> Read:
         """Ask what is not stored."""
         sampling = self.knobs.sampling()
         asked = partial(requests, prompts, model, self.asker, sampling, draws, self.seed)
@@ -323,7 +330,7 @@ def _mended(found: list[Sample], others: list[Sample]) -> list[Sample]:
     return [replace(better[s.draw], parents=[s.id]) if s.draw in better else s for s in found]
 
 
-def _by_prompt(prompts: list[Prompt], read: Iterator[Any], model: str) -> Iterator[list[Sample]]:
+def _by_prompt(prompts: Part, read: Iterator[Any], model: str) -> Iterator[list[Sample]]:
     """Outcomes as they come (one or several requests a prompt) as one list of samples per prompt."""
     waiting = next(read, None)
     for prompt in prompts:

@@ -33,6 +33,7 @@ from factory.models import Models
 from factory.pair import PairUp, pair
 from factory.plan import Step, Until, plan
 from factory.progress import bar, say
+from factory.prompt_spool import spooled
 from factory.prompts import PromptLists, lint, load
 from factory.recipe import Recipe, find
 from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest
@@ -239,7 +240,7 @@ class Work:
         )  # fmt: skip
 
         async def collect() -> None:
-            async for sample in teaching.samples(list(self._prompts(step))):
+            async for sample in teaching.samples(spooled(self._prompts(step))):
                 out.put(sample)
 
         asyncio.run(collect())

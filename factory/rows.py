@@ -177,9 +177,13 @@ class Sample(Row, frozen=True):
         """The same sample with one more verdict."""
         return msgspec.structs.replace(self, verdicts=[*self.verdicts, verdict])
 
-    def scored(self, **scores: float) -> "Sample":
+    def scored(self, /, **scores: float) -> "Sample":
         """The same sample with more scores."""
         return msgspec.structs.replace(self, scores={**self.scores, **scores})
+
+    def value(self, by: str) -> float | None:
+        """A score by its name, or `logprob`; None where there is none."""
+        return self.logprob if by == "logprob" else self.scores.get(by)
 
     @property
     def ending(self) -> Literal["kept", "dropped", "failed"]:

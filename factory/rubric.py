@@ -92,12 +92,12 @@ def _template(text: str, path: Path) -> jinja2.Template:
             if name.ctx == "load" and name.name not in BLANKS:
                 raise RecipeError(f"{path}:{name.lineno}: {name.name!r} is unknown; a rubric has {', '.join(BLANKS)}")
         template = _ENVIRONMENT.from_string(text)
-        asked = template.render(dict.fromkeys(BLANKS, "text") | {"response": "the answer"})
+        asked = template.render({name: f"<{name}>" for name in BLANKS})
     except jinja2.TemplateSyntaxError as e:
         raise RecipeError(f"{path}:{e.lineno}: {e.message}") from None
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as e:
         raise RecipeError(f"{path}: the blanks cannot be filled: {e}") from None
-    if "the answer" not in asked:
+    if "<response>" not in asked:
         raise RecipeError(f"{path}: the judge would not see the answer; put {{{{ response }}}} into the text")
     return template
 

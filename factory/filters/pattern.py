@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-LIMIT_S = 0.5
+LIMIT_S = 0.25
 """Processor seconds for one text; ordinary patterns need microseconds."""
 PATIENCE = 10
 """Texts over the limit after which no further one is tried, so that a pattern costs seconds, not days."""

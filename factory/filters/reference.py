@@ -33,16 +33,16 @@ _NUMBER = re.compile(
     (?:\s*/\s*\d+(?:\.\d+)?)?\s*%?""",
     re.IGNORECASE | re.VERBOSE,
 )
-_LETTER = r"""(?:\\\w+\{|[\s*_"'(\[{$])*([A-Za-z])(?!'?\w)(?!(?<=[aI])\s+[a-z])"""  # not of "a dog", "I think"
+_LETTER = r"""(?:\s{0,3}[:=–-])?(?:\\\w{1,10}\{|[\s*_"'(\[{$]){0,12}([A-Za-z])(?!'?\w)(?!(?<=[aI])\s+[a-z])"""  # not of "a dog", "I think"
 _CHOICES = [
     re.compile(pattern, re.MULTILINE)
     for pattern in (
-        r"\\boxed\{(?:\\\w+\{)?\(?([A-Za-z])\)?\}",
-        rf"(?i:\banswer\b)(?:[^.\n:]{{0,40}}?\b(?i:is|be))?\s*[:=–-]?{_LETTER}",
-        rf"(?i:\b(?:option|choice|choose|pick)(?:\s+is)?)\s*[:=–-]?{_LETTER}",
-        r"\b([A-Z])\)?\**\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
-        r"^[\s*]*\(?([A-Za-z])[).]?[\s*]*$",
-        r"^[\s*]*\(?([A-Za-z])\**[).:](?:\s|\*)",
+        r"\\boxed\{(?:\\\w{1,10}\{)?\(?([A-Za-z])\)?\}",
+        rf"(?i:\banswer\b)(?:[^.\n:]{{0,40}}?\b(?i:is|be))?{_LETTER}",
+        rf"(?i:\b(?:option|choice|choose|pick)(?: is)?){_LETTER}",
+        r"\b([A-Z])\)?\*{0,2} is (?:the )?(?:correct|right|best)\b",
+        r"^[ \t*]{0,9}\(?([A-Za-z])[).]?[ \t*]{0,9}$",
+        r"^[ \t*]{0,9}\(?([A-Za-z])\*{0,2}[).:](?:\s|\*)",
         r"(?<!\w)\(([A-Za-z])\)",
     )
 ]

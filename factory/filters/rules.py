@@ -85,7 +85,7 @@ class Repetition(RowFilter):
 
     def check(self, sample: Sample) -> Verdict:
         words = sample.response.split()
-        if loops := _looping_tail(words):
+        if loops := _looping_tail([word.rstrip(".,;:!?") for word in words]):
             return self.drop(f"looping_tail={loops}", score=loops)
         if len(words) >= self.min_words:
             grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))

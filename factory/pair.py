@@ -16,7 +16,7 @@ from factory.knobs import Knobs
 from factory.rows import Message, Pair, Prompt, Sample, Verdict, digest
 
 ROUNDING = 1e-9
-"""4.3 - 3.3 is a little under 1, but a margin of 1 all the same."""
+"""4.1 - 3.1 is a little under 1, but a margin of 1 all the same."""
 
 
 class PairUp(Knobs):

@@ -54,11 +54,13 @@ def test_every_removal_names_a_twin_that_stays(spec: str) -> None:
 
 
 def test_the_nearest_of_several_twins_is_named() -> None:
-    near, nearer = LONG.replace("river", "brook").replace("old", "new"), LONG.replace("old", "new")
-    rows = filtered([{"near_duplicates": {"threshold": 0.65}}], answers(LONG, "x " + near + " y", nearer))
-    by_hand = {i: _signature(rows[i].response).jaccard(_signature(nearer)) for i in (0, 1)}
-    closest = max(by_hand, key=lambda i: by_hand[i])
-    assert rows[2].verdicts[0].evidence == rows[closest].id
+    one, two = ([f"{letter}{i}" for i in range(60)] for letter in "wx")
+    texts = [" ".join(words) for words in (one, one[:40] + two[40:], one[:46] + two[46:])]
+    assert jaccard(texts[0], texts[1]) < 0.5 < jaccard(texts[0], texts[2]) < jaccard(texts[1], texts[2])
+    for order in ([0, 1, 2], [1, 0, 2]):
+        rows = filtered([{"near_duplicates": {"threshold": 0.55}}], answers(*[texts[i] for i in order]))
+        assert [row.ending for row in rows] == ["kept", "kept", "dropped"]
+        assert rows[2].verdicts[0].evidence == rows[order.index(1)].id
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------------

@@ -335,9 +335,11 @@ def test_judged_filtered_and_paired_from_the_command_line(tmp_path: Path) -> Non
     with in_thread(says(verdicts)) as server:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(url=server.url, rubric="rubric.md"))
         (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }} {{ nothing }}")
-        wrong = factory(tmp_path, "build", "recipe.yaml")
-        assert (wrong.returncode, bool(server.seen)) == (2, False)
-        assert "rubric.md:7: 'nothing' is unknown" in wrong.stderr
+        paid_first = "stages=[{generate: {model: judge}}, {judge: {model: judge, rubric: rubric.md}}]"
+        for stages in ([], ["--set", paid_first]):
+            wrong = factory(tmp_path, "build", "recipe.yaml", *stages)
+            assert (wrong.returncode, bool(server.seen)) == (2, False)
+            assert "rubric.md:7: 'nothing' is unknown" in wrong.stderr
         (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }}")
         done = factory(tmp_path, "build", "recipe.yaml")
         assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ from factory.plan import Step, Until, plan
 from factory.progress import bar, say
 from factory.prompts import PromptLists, lint, load
 from factory.recipe import Recipe, find
-from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest
+from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
@@ -184,10 +184,10 @@ class Work:
     # -- inputs ----------------------------------------------------------------------------------------------------------
 
     def _samples(self, step: Step) -> Iterator[Sample]:
-        return chain.from_iterable(self.made[number].rows(Sample) for number in step.reads)
+        return chain.from_iterable(self._groups(step))
 
     def _groups(self, step: Step) -> Iterator[list[Sample]]:
-        return chain.from_iterable(self.made[number].groups() for number in step.reads)
+        return union([self.made[number].groups for number in step.reads])
 
     def _rows_in(self, step: Step) -> int:
         """Rows that the steps read have kept: the sum that must end somewhere again."""

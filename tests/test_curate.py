@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.filters import GroupFilter, Judge, Look, RowFilter, SetFilter
-from factory.rows import Sample, Verdict, by_prompt
+from factory.rows import Sample, Verdict, by_prompt, union
 from factory.run import StageFolder
 from tests.sample_rows import Words, answer, ends, filtered, one_filter, prompt
 
@@ -246,6 +247,27 @@ def test_the_folder_counts_what_the_stage_gave(tmp_path: Any) -> None:
 def test_a_kept_row_keeps_the_score_that_a_filter_measured() -> None:
     (row,) = through([Rated(), one_filter("finished")], [answer("abc")])
     assert [(v.filter, v.keep, v.score) for v in row.verdicts] == [("rated", True, 3.0)]
+
+
+# -- several sources -------------------------------------------------------------------------------------------------------
+
+PROMPTS = [prompt(f"q{i}") for i in range(6)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=8), max_size=3))
+def test_of_several_sources_a_prompt_s_rows_stand_together(sources: list[list[int]]) -> None:
+    stored = [
+        [answer("x", PROMPTS[i], draw=draw, model=f"m{which}") for draw, i in enumerate(numbers)]
+        for which, numbers in enumerate(sources)
+    ]
+    groups = list(union([partial(by_prompt, rows_) for rows_ in stored]))
+    assert sorted(row.id for group in groups for row in group) == sorted(row.id for rows_ in stored for row in rows_)
+    assert all(len({row.prompt.id for row in group}) == 1 for group in groups)
+    if all(len(set(numbers)) == len(numbers) for numbers in sources):
+        order = list(dict.fromkeys(i for numbers in sources for i in numbers))
+        assert [group[0].prompt.id for group in groups] == [PROMPTS[i].id for i in order]
+        assert all([row.model for row in group] == sorted(row.model for row in group) for group in groups)
 
 
 # -- what "accepted" means -------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Filters by tables: rows that trip one, with the exact reason, and rows just inside; and faults planted among good rows."""
 
+import json
 import random
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from factory.filters.rules import Tokens
 from factory.rows import Sample
 from tests.refusal_lists import ANSWERS, REFUSALS
 from tests.sample_rows import answer, answers, ends, filtered, one_filter, prompt
+from tests.test_pipeline import factory, funnel
+from tests.tiny import tiny_model
 
 BECAUSE = {"format": {"pattern": r"Because: .+\nAnswer: .+"}}
 NINE = "one two three four five six seven eight nine "
@@ -252,3 +255,32 @@ def test_a_huge_answer_ends_in_bounded_time(tmp_path: Path) -> None:
     )
     assert time.process_time() - before < 20
     assert ends(rows) == ["", "duplicate", ""]
+
+
+# -- tokens of a model that a recipe names ---------------------------------------------------------------------------------
+
+TOKENS = """\
+name: tiny
+models: {base: {type: transformers, model: ./model}}
+prompts: [{path: rows.jsonl}]
+stages:
+  - filter: [tokens: {max: 14, model: base}]
+"""
+
+
+def test_tokens_are_those_of_the_named_model_where_nothing_is_trained(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", layers=1, hidden=16)
+    texts = ["The sky is blue and the grass is green.", "xyzzy-17 qwrtz!?"]  # the tokenizer knows the first by heart
+    rows = [{"prompt": f"q{i}", "completion": text} for i, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "recipe.yaml").write_text(TOKENS)
+    done = factory(tmp_path, "build", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model/tokenizer.json"))
+    long = [text for text in texts if len(tokenizer.encode(text).ids) > 14]
+    assert funnel(tmp_path)["filter"] == (2, 2 - len(long), len(long), 0)
+    assert len(long) == 1
+    (tmp_path / "recipe.yaml").write_text(TOKENS.replace("model: base}", "model: bass}"))
+    wrong = factory(tmp_path, "check", "recipe.yaml")
+    assert wrong.returncode == 2
+    assert "recipe.yaml:5: there is no model 'bass'; did you mean 'base'?" in wrong.stderr

@@ -350,3 +350,43 @@ def test_judged_filtered_and_paired_from_the_command_line(tmp_path: Path) -> Non
     pairs = read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")
     assert len(pairs) == 4
     assert {pair["chosen_score"] for pair in pairs} == {4.0, 5.0}
+
+
+TWO = """\
+name: tiny
+models:
+  judge: {{type: openai, model: j, base_url: "{url}"}}
+  one: {{type: openai, model: good, base_url: "{url}"}}
+  two: {{type: openai, model: bad, base_url: "{url}"}}
+prompts:
+  - {{path: prompts.txt, name: questions}}
+stages:
+  - generate: {{model: one, as: ones}}
+  - generate: {{from: questions, model: two, as: twos}}
+  - judge: {{from: [ones, twos], model: judge, rubric: rubric.md, as: taste}}
+  - pair
+"""
+
+
+def test_candidates_of_two_stages_meet_in_one_pair_and_a_new_name_renames_the_score(tmp_path: Path) -> None:
+    async def script(body: dict[str, Any], before: int) -> Any:
+        asked = body["messages"][-1]["content"]
+        score = "Score: 5" if "good" in asked else "Score: 1"
+        return chat(body, texts=[score if "Judge" in asked else f"a {body['model']} answer"])
+
+    (tmp_path / "prompts.txt").write_text("first?\nsecond?\nthird?\n")
+    (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }}")
+    with in_thread(script) as server:
+        (tmp_path / "recipe.yaml").write_text(TWO.format(url=server.url))
+        done = factory(tmp_path, "build", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+        pairs = read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")
+        assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a good answer", "a bad answer")] * 3
+        asked = sum(server.seen.values())
+        for name in ("taste", "style"):
+            rows_wanted = ["--set", f"stages.2.judge.as={name}", "--set", "stages.3=shape"]
+            assert factory(tmp_path, "build", "recipe.yaml", *rows_wanted).returncode == 0
+            rows = read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")
+            assert len(rows) == 6
+            assert all(name in str(row) for row in rows)
+        assert sum(server.seen.values()) == asked

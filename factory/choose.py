@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -40,41 +39,44 @@ class Choose(Knobs):
 def choose(knobs: Choose, groups: Iterable[list[Sample]]) -> Iterator[Sample]:
     """Every sample once, in order; those not chosen carry the reason."""
     for group in groups:
-        if knobs.per == "prompt":
-            yield from _among(knobs, group)
-        else:
-            for _, of_model in groupby(group, key=lambda sample: sample.model):
-                yield from _among(knobs, list(of_model))
+        among: dict[str, list[int]] = {}
+        for i, sample in enumerate(group):
+            among.setdefault(sample.model if knobs.per == "model" else "", []).append(i)
+        verdicts: dict[int, Verdict] = {}
+        for places in among.values():
+            verdicts |= _not_chosen(knobs, {i: group[i] for i in places})
+        yield from (sample.judged(verdicts[i]) if i in verdicts else sample for i, sample in enumerate(group))
 
 
-def _among(knobs: Choose, samples: list[Sample]) -> Iterator[Sample]:
+def _not_chosen(knobs: Choose, samples: dict[int, Sample]) -> dict[int, Verdict]:
+    """The verdicts of those samples, by place, that are not among the best (or the first) ones."""
     count = knobs.best or knobs.cap or 0
-    values = [_value(knobs.by, sample) for sample in samples]
-    known = [i for i, value in enumerate(values) if value is not None]
+    values = {i: _value(knobs.by, sample) for i, sample in samples.items()}
     # ties: the teacher's own preference, then the order of draws; nothing random
-    ranked = (
-        sorted(known, key=lambda i: (-(values[i] or 0.0), -(samples[i].logprob or -math.inf), i)) if knobs.by else known
+    ranked = sorted(
+        (-value, -_likely(samples[i]) if knobs.by else 0.0, i) for i, value in values.items() if value is not None
     )
-    chosen = set(ranked[:count])
-    for i, (sample, value) in enumerate(zip(samples, values, strict=True)):
-        if value is None:
-            yield sample.judged(Verdict(filter="choose", keep=None, reason=f"no_score:{knobs.by}"))
-        elif i in chosen:
-            yield sample
-        else:
-            reason = "over_cap" if knobs.cap else f"not_chosen={value:.4g}"
-            yield sample.judged(Verdict(filter="choose", keep=False, reason=reason, score=value if knobs.by else None))
+    verdicts = {
+        i: Verdict(filter="choose", keep=None, reason=f"no_score:{knobs.by}") for i in values if values[i] is None
+    }
+    for rank, (negated, _, i) in enumerate(ranked, 1):
+        if rank > count:
+            reason = f"over_cap={rank}>{count}" if knobs.cap else f"not_chosen={-negated:.4g}"
+            verdicts[i] = Verdict(filter="choose", keep=False, reason=reason, score=-negated if knobs.by else None)
+    return verdicts
+
+
+def _likely(sample: Sample) -> float:
+    return -math.inf if sample.logprob is None else sample.logprob
 
 
 def _value(by: str | None, sample: Sample) -> float | None:
     if by is None:
         return 0.0
-    if by == "logprob":
-        return sample.logprob
     if by == "closest_to_reference":
         reference = sample.prompt.reference
         return None if reference is None else sentence_bleu(sample.response, reference)
-    return sample.scores.get(by)
+    return sample.value(by)
 
 
 def sentence_bleu(candidate: str, reference: str, order: int = 4) -> float:

@@ -1,15 +1,14 @@
 """Stage `filter`: filters in recipe order; every sample comes out once, kept, dropped with a reason, or set aside."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
-from factory.filters import FilterKnob, GroupFilter, Kit, RowFilter, SetFilter
+from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
-
-Judge = Callable[[list[Sample]], list[Verdict]]
 
 
 class Curate(Knobs):
@@ -21,18 +20,13 @@ class Curate(Knobs):
     as_: str | None = Field(None, alias="as")
 
 
-def curate(knobs: Curate, groups: Iterable[list[Sample]], kit: Kit) -> Iterator[Sample]:
-    """Each sample with the verdict that ended it, or with the scores that filters had to tell; order is kept."""
-    judges = [_judge(one.open(kit)) for one in knobs.filters]
-    for group in groups:
-        samples = list(group)
-        alive = list(range(len(samples)))
-        for judge in judges:
-            for i, verdict in zip(alive, judge([samples[i] for i in alive]), strict=True):
-                if not verdict.keep or verdict.score is not None:
-                    samples[i] = samples[i].judged(verdict)
-            alive = [i for i in alive if samples[i].ending == "kept"]
-        yield from samples
+def curate(knobs: Curate, read: Look, kit: Kit) -> Iterator[Sample]:
+    """Each sample with the verdict that ended it, or with the scores that filters had to tell; order is kept.
+
+    `read()` gives the samples by prompt, afresh at each call: some filters look at all rows before they judge the first.
+    """
+    for group in _judged([one.open(kit) for one in knobs.filters], read):
+        yield from group
 
 
 def row_filters(knobs: Curate, kit: Kit) -> list[RowFilter]:
@@ -42,29 +36,59 @@ def row_filters(knobs: Curate, kit: Kit) -> list[RowFilter]:
 
 def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
     """The first verdict that does not keep the sample; None when all filters accept it."""
-    verdicts = (_careful(one.check, sample, one.kind) for one in filters)
+    verdicts = (_checked(one, sample) for one in filters)
     return next((verdict for verdict in verdicts if not verdict.keep), None)
 
 
-def _judge(one: Any) -> Judge:
-    """Any filter as a function over the samples of one prompt."""
+def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
+    judges = [_judge(one, partial(_survivors, filters[:i], read)) for i, one in enumerate(filters)]
+    for group in read():
+        samples, alive = list(group), list(range(len(group)))
+        for judge in judges:
+            for i, verdict in zip(alive, judge([samples[i] for i in alive]), strict=True):
+                if not verdict.keep or verdict.score is not None:
+                    samples[i] = samples[i].judged(verdict)
+            if not (alive := [i for i in alive if samples[i].ending == "kept"]):
+                break
+        yield samples
+
+
+def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
+    """What reaches the filter after these: they start afresh, since some remember the rows they saw."""
+    for group in _judged(filters, read):
+        if alive := [sample for sample in group if sample.ending == "kept"]:
+            yield alive
+
+
+def _judge(one: Any, look: Look) -> Judge:
+    """Any filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
     if isinstance(one, RowFilter):
-        return lambda samples: [_careful(one.check, sample, one.kind) for sample in samples]
-    judge = one.start() if isinstance(one, SetFilter) else one.check_group if isinstance(one, GroupFilter) else None
-    assert judge is not None, f"{one!r} has none of the three shapes"
-    return lambda samples: _careful_group(judge, samples, one.kind)
-
-
-def _careful(check: Callable[[Sample], Verdict], sample: Sample, kind: str) -> Verdict:
-    """A filter that breaks on a row sets that row aside, with the error: broken is not bad."""
+        return lambda samples: [_checked(one, sample) for sample in samples]
+    if isinstance(one, GroupFilter):
+        return lambda samples: _all_checked(one.kind, one.check_group, samples)
+    assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"
     try:
-        return check(sample)
+        judge = one.start(look)
     except Exception as e:
-        return Verdict(filter=kind, keep=None, reason="filter_error", evidence=repr(e)[:200])
+        broken = _broken(one.kind, e)
+        return lambda samples: [broken for _ in samples]
+    return lambda samples: _all_checked(one.kind, judge, samples)
 
 
-def _careful_group(judge: Judge, samples: list[Sample], kind: str) -> list[Verdict]:
+def _checked(one: RowFilter, sample: Sample) -> Verdict:
+    return _all_checked(one.kind, lambda samples: [one.check(samples[0])], [sample])[0]
+
+
+def _all_checked(kind: str, judge: Callable[[list[Sample]], Any], samples: list[Sample]) -> list[Verdict]:
+    """One verdict per sample, or the error for all of them."""
     try:
-        return judge(samples)
+        verdicts = list(judge(samples))
+        if len(verdicts) != len(samples) or not all(isinstance(verdict, Verdict) for verdict in verdicts):
+            raise TypeError(f"{len(samples)} samples, but the filter said {verdicts!r}")
+        return verdicts
     except Exception as e:
-        return [Verdict(filter=kind, keep=None, reason="filter_error", evidence=repr(e)[:200]) for _ in samples]
+        return [_broken(kind, e) for _ in samples]
+
+
+def _broken(kind: str, error: Exception) -> Verdict:
+    return Verdict(filter=kind, keep=None, reason="filter_error", evidence=repr(error)[:200])

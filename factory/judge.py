@@ -1,6 +1,7 @@
 """Stage `judge`: a model scores samples with a rubric file. A verdict that cannot be read is missing, never a number."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from factory.generate import draw_seed
 from factory.knobs import Knobs
 from factory.rows import Choice, Failure, Request, Sample, Sampling, Verdict
 from factory.rubric import Rubric, read_score, render
+from factory.teachers.openai import OpenAI
 
 VERSION = 1
 
@@ -40,10 +42,11 @@ async def judge(
 ) -> tuple[Tally, Iterator[Sample]]:
     """Ask for all scores, then give the samples back in order, scored or set aside with the reason."""
     sampling = knobs.sampling()
+    unseeded = sampling.temperature == 0 or isinstance(model.entry, OpenAI)
 
     def requests() -> Iterator[Request]:
         for sample in open_samples():
-            drawn = None if sampling.temperature == 0 else draw_seed(seed, sample.prompt, sample.draw)
+            drawn = None if unseeded else draw_seed(seed, sample.prompt, sample.draw)
             yield Request(
                 identity=model.identity,
                 messages=render(rubric, sample),
@@ -53,23 +56,28 @@ async def judge(
             )
 
     async with model:
-        tally = await desk.ask(model, requests(), total, f"judge {model.name}")
+        tally = await desk.ask(model, _distinct(requests()), total, f"judge {model.name}")
     outcomes = desk.read(model, requests(), tally)
-    name = knobs.as_ or rubric.name
+    name = knobs.as_ or rubric.head.name
     scored = (
         _scored(sample, name, rubric, outcome[0]) for sample, (_, outcome) in zip(open_samples(), outcomes, strict=True)
     )
     return tally, scored
 
 
+def _distinct(requests: Iterable[Request]) -> Iterator[Request]:
+    """Equal answers to a prompt are asked about once."""
+    for _, of_prompt in groupby(requests, key=lambda request: request.prompt):
+        yield from {(request.messages[0]["content"], request.seed): request for request in of_prompt}.values()
+
+
 def _scored(sample: Sample, name: str, rubric: Rubric, outcome: Choice | Failure) -> Sample:
     if isinstance(outcome, Failure):
-        return sample.judged(
-            Verdict(filter="judge", keep=None, reason=f"judge_{outcome.reason}", evidence=outcome.detail[:500])
-        )
-    if outcome.finish != "stop":
-        return sample.judged(Verdict(filter="judge", keep=None, reason="judge_truncated", evidence=outcome.text[-500:]))
-    score = read_score(rubric, outcome.text)
-    if score is None:
-        return sample.judged(Verdict(filter="judge", keep=None, reason="judge_unreadable", evidence=outcome.text[:500]))
-    return sample.scored(**{name: score})
+        reason, evidence = f"judge_{outcome.reason}", outcome.detail
+    elif outcome.finish != "stop":
+        reason, evidence = "judge_truncated", outcome.text[-500:]
+    elif (score := read_score(rubric, outcome.text)) is not None:
+        return sample.scored(**{name: score})
+    else:
+        reason, evidence = "judge_unreadable", outcome.text
+    return sample.judged(Verdict(filter="judge", keep=None, reason=reason, evidence=evidence[:500]))

@@ -58,7 +58,8 @@ class Models:
 
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         """Text -> number of tokens, by the tokenizer of a local model; needs the `train` extra."""
-        entry = self.entry(name or self.default_student)
+        name = name or self.default_student
+        entry = self.entry(name)
         if not isinstance(entry, Weights):
             raise RecipeError(f"filter tokens: models.{name} has no local tokenizer; name a local model with `model:`")
         return _counter(materialise_in_child(entry, self.runs / "weights"))

@@ -7,16 +7,20 @@ Ties never pair, nor do equal texts; a truncated answer is on neither side.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from factory.errors import RecipeError
 from factory.knobs import Knobs
 from factory.rows import Message, Pair, Prompt, Sample, Verdict, digest
 
+ROUNDING = 1e-9
+"""4.1 - 3.1 is a little under 1, but a margin of 1 all the same."""
+
 
 class PairUp(Knobs):
-    """`pair:`; `min_margin` is in the score's units, `score` names it where there are several."""
+    """`pair:`; `min_margin` is in the score's units, `score` names it (or `logprob`) where there are several."""
 
     kind: Literal["pair"] = "pair"
     chosen: Literal["best"] = "best"
@@ -27,68 +31,78 @@ class PairUp(Knobs):
     as_: str | None = Field(None, alias="as")
 
 
+class Scored(NamedTuple):
+    """A sample and the score that pairs are made by."""
+
+    score: float
+    sample: Sample
+
+
 def pair(
     knobs: PairUp, groups: Iterable[list[Sample]], seed: int, view: Callable[[Prompt], list[Message]]
 ) -> Iterator[Pair | Sample]:
     """One pair per prompt; a prompt without one comes out as its first sample with the reason."""
     for group in groups:
         found = _pair(knobs, group, seed)
-        if isinstance(found, str):
-            yield group[0].judged(Verdict(filter="pair", keep=False, reason=found))
+        if isinstance(found, Verdict):
+            yield group[0].judged(found)
         else:
-            yield _row(knobs, *found, view(group[0].prompt))
+            yield _row(*found, view(group[0].prompt))
 
 
-def _pair(knobs: PairUp, group: list[Sample], seed: int) -> tuple[Sample, Sample] | str:
+def _pair(knobs: PairUp, group: list[Sample], seed: int) -> tuple[Scored, Scored] | Verdict:
+    name = knobs.score or _only_score(group)
     usable = [s for s in group if s.finish == "stop" and s.response.strip()]
-    scored = [s for s in usable if _score(knobs, s) is not None]
+    scored = [Scored(value, s) for s in usable if (value := s.value(name)) is not None]
+    if not usable:
+        return _none("no_finished_answers")
     if not scored:
-        return "no_scores" if usable else "no_finished_answers"
+        return Verdict(filter="pair", keep=None, reason=f"no_score:{name}")
     if len(scored) == 1:
-        return "only_one"
-    best = max(scored, key=lambda s: _known(knobs, s))  # the first of equals: nothing random
-    top = _known(knobs, best)
-    lower = [s for s in scored if _known(knobs, s) < top and s.response.strip() != best.response.strip()]
-    if not lower:
-        return "tie"
-    far = [s for s in lower if top - _known(knobs, s) >= knobs.min_margin]
+        return _none("only_one")
+    best = max(scored, key=_score)  # the first of equals: nothing random
+    lower = [one for one in scored if one.score < best.score]
+    other = [one for one in lower if one.sample.response.strip() != best.sample.response.strip()]
+    if not other:
+        return _none("equal_texts" if lower else "tie")
+    far = [one for one in other if best.score - one.score >= knobs.min_margin - ROUNDING]
     if not far:
-        widest = max(top - _known(knobs, s) for s in lower)
-        return f"margin={widest:g}<{knobs.min_margin:g}"
+        widest = best.score - min(map(_score, other))
+        return _none(f"margin={widest:g}<{knobs.min_margin:g}")
     if knobs.rejected == "random":
-        return best, random.Random(f"{seed}:{best.prompt.id}").choice(far)
+        return best, random.Random(f"{seed}:{best.sample.prompt.id}").choice(far)
     edge = max if knobs.rejected == "next" else min
-    return best, edge(far, key=lambda s: _known(knobs, s))
+    return best, edge(far, key=_score)
 
 
-def _score(knobs: PairUp, sample: Sample) -> float | None:
-    if knobs.score is not None:
-        return sample.scores.get(knobs.score)
-    if len(sample.scores) > 1:
-        raise ValueError(
-            f"samples have several scores ({', '.join(sample.scores)}): name one with pair: {{score: ...}}"
-        )
-    return next(iter(sample.scores.values()), None)
+def _score(one: Scored) -> float:
+    return one.score
 
 
-def _known(knobs: PairUp, sample: Sample) -> float:
-    score = _score(knobs, sample)
-    assert score is not None
-    return score
+def _none(reason: str) -> Verdict:
+    return Verdict(filter="pair", keep=False, reason=reason)
 
 
-def _row(knobs: PairUp, chosen: Sample, rejected: Sample, prompt: list[Message]) -> Pair:
-    high, low = _known(knobs, chosen), _known(knobs, rejected)
+def _only_score(group: list[Sample]) -> str:
+    """The name of the score that the samples have, where the recipe does not say which."""
+    names = sorted({name for sample in group for name in sample.scores})
+    if len(names) > 1:
+        raise RecipeError(f"pair: the samples have several scores ({', '.join(names)}); name one: pair: {{score: ...}}")
+    return names[0] if names else ""
+
+
+def _row(high: Scored, low: Scored, prompt: list[Message]) -> Pair:
+    chosen, rejected = high.sample, low.sample
     return Pair(
         id=digest(chosen.id, rejected.id, size=8),
         prompt=prompt,
         chosen=[Message(role="assistant", content=chosen.response.strip())],
         rejected=[Message(role="assistant", content=rejected.response.strip())],
-        margin=high - low,
+        margin=high.score - low.score,
         chosen_model=chosen.model,
         rejected_model=rejected.model,
-        chosen_score=high,
-        rejected_score=low,
+        chosen_score=high.score,
+        rejected_score=low.score,
         source=chosen.prompt.source,
         parents=[chosen.id, rejected.id],
     )

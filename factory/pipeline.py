@@ -25,7 +25,8 @@ from factory.choose import Choose, choose
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures
 from factory.evaluate import Evaluate, Examiner, evaluate
-from factory.filters.rules import NoRefusal
+from factory.filters.refusal import NoRefusal
+from factory.filters.rules import Tokens
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import Judge, judge
@@ -36,7 +37,7 @@ from factory.progress import bar, say
 from factory.prompt_spool import spooled
 from factory.prompts import PromptLists, lint, load
 from factory.recipe import Recipe, find
-from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest
+from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
@@ -44,7 +45,7 @@ from factory.train import Train, train
 from factory.weights import Weights
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 1, "judge": 1, "choose": 1, "shape": 1, "pair": 1, "train": 1, "evaluate": 1,
+    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -93,6 +94,9 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         for line in lint(self.prompts):
             say(f"prompts: {line}")
+        for stage in self.recipe.stages:
+            if isinstance(stage, Judge):
+                load_rubric(find(stage.rubric))
         resolved = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         write_bytes(self.folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
 
@@ -141,7 +145,8 @@ class Work:
             self.models.add_student(step.knobs.as_, folder.path / "model")
 
     def _hash(self, step: Step) -> str:
-        knobs = step.knobs.model_dump(mode="json", exclude={"as_", "from_"})
+        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
+        knobs = step.knobs.model_dump(mode="json", exclude=names)
         inputs = [self.made[number].manifest["content"] for number in step.reads]
         prompts = [self.prompts.digest(name) for name in step.sets]
         models = [self.models.identity(name) for name in self._asked(step)]
@@ -161,8 +166,8 @@ class Work:
                 return [knobs.student]
             case Evaluate() as knobs:
                 return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
-            case Curate() as knobs if any(f.kind == "tokens" for f in knobs.filters):
-                return [self.models.default_student]
+            case Curate() as knobs:
+                return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
             case _:
                 return []
 
@@ -189,7 +194,7 @@ class Work:
                 planned = self._pair(knobs, step, out)
             case Curate() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, curate(knobs, self._groups(step), self.models), f"{step.title}", planned)
+                _put_all(out, curate(knobs, partial(self._groups, step), self.models), step.title, planned)
             case Choose() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, choose(knobs, self._groups(step)))
@@ -202,10 +207,10 @@ class Work:
     # -- inputs ----------------------------------------------------------------------------------------------------------
 
     def _samples(self, step: Step) -> Iterator[Sample]:
-        return chain.from_iterable(self.made[number].rows(Sample) for number in step.reads)
+        return chain.from_iterable(self._groups(step))
 
     def _groups(self, step: Step) -> Iterator[list[Sample]]:
-        return chain.from_iterable(self.made[number].groups() for number in step.reads)
+        return union([self.made[number].groups for number in step.reads])
 
     def _rows_in(self, step: Step) -> int:
         """Rows that the steps read have kept: the sum that must end somewhere again."""
@@ -263,14 +268,9 @@ class Work:
         return total
 
     def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
-        """The unit is the prompt: one that gives several pairs counts once."""
+        """The unit is the prompt, and each gives one row: a pair, or the reason why not."""
         view = partial(student_view, self._view())
-        seen: set[str] = set()
-        for row in pair(knobs, self._groups(step), self.recipe.seed, view):
-            prompt = digest(row.prompt) if isinstance(row, Pair) else ""
-            out.put(row, units=0 if prompt in seen else 1)
-            if prompt:
-                seen.add(prompt)
+        _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view))
         return sum(1 for _ in self._groups(step))
 
     def _train(self, knobs: Train, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:

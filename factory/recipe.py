@@ -17,6 +17,7 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
+from factory.filters.rules import Tokens
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs, one_key
@@ -290,6 +291,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             yield from (("model", name) for name in stage.models)
             if stage.fallback:
                 yield "fallback", stage.fallback
+        case Curate():
+            yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
         case Judge():
             yield "model", stage.model
         case Train():

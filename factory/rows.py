@@ -5,7 +5,8 @@ People never write these by hand: what people write (recipes) is pydantic, see `
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal, TypedDict
 
 import msgspec
@@ -195,9 +196,13 @@ class Sample(Row, frozen=True):
         """The same sample with one more verdict."""
         return msgspec.structs.replace(self, verdicts=[*self.verdicts, verdict])
 
-    def scored(self, **scores: float) -> "Sample":
+    def scored(self, /, **scores: float) -> "Sample":
         """The same sample with more scores."""
         return msgspec.structs.replace(self, scores={**self.scores, **scores})
+
+    def value(self, by: str) -> float | None:
+        """A score by its name, or `logprob`; None where there is none."""
+        return self.logprob if by == "logprob" else self.scores.get(by)
 
     @property
     def ending(self) -> Literal["kept", "dropped", "failed"]:
@@ -251,3 +256,24 @@ def by_prompt(samples: Iterable[Sample]) -> Iterable[list[Sample]]:
         group.append(sample)
     if group:
         yield group
+
+
+def union(sources: list[Callable[[], Iterable[list[Sample]]]]) -> Iterator[list[Sample]]:
+    """The groups of several sources as one list: a prompt's samples stand together, whichever source they are from.
+
+    Prompts come in the order of their first appearance; what a source gives in another order waits in memory.
+    """
+    several = sources if len(sources) > 1 else []
+    known = [dict.fromkeys(group[0].prompt.id for group in source()) for source in several]
+    streams = [iter(source()) for source in sources]
+    aside: list[dict[str, list[Sample]]] = [{} for _ in known]
+    for id_ in dict.fromkeys(chain.from_iterable(known)):
+        joined: list[Sample] = []
+        for ids, stream, waiting in zip(known, streams, aside, strict=True):
+            while id_ in ids and id_ not in waiting:
+                group = next(stream)
+                waiting.setdefault(group[0].prompt.id, []).extend(group)
+            joined += waiting.pop(id_, [])
+        yield joined
+    # a single source, and prompts that a source comes back to
+    yield from chain(*(waiting.values() for waiting in aside), *streams)

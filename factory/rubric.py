@@ -1,83 +1,136 @@
 """Rubric files: what a judge is asked, and how its score is read, strictly.
 
-A rubric is Markdown with a YAML head (`name`, `scale: [low, high]`, `origin`, `licence`) and the blanks
-`{{ prompt }}`, `{{ response }}`, `{{ reference }}`. Only the file is a template: what fills the blanks is data.
-A score that cannot be read is missing. The best-known preference set read "1" as 10 in thousands of rows.
+A rubric is Markdown with a YAML head (`name`, `scale: [low, high]`, `origin`, `licence`) and the blanks `{{ prompt }}`,
+`{{ response }}`, `{{ reference }}` and `{{ fence }}`, a word for the borders of the answer that the answer cannot know.
+Only the file is a template: what fills the blanks is data. A score that cannot be read is missing: the best-known
+preference set read "1" as 10 in thousands of rows.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
+from jinja2 import nodes
 from pydantic import Field, ValidationError, field_validator
 
 from factory import yamlfile
 from factory.errors import RecipeError
 from factory.knobs import Knobs
-from factory.rows import Message, Sample
+from factory.rows import Message, Prompt, Sample, digest
 
-_HEAD = re.compile(r"---\n(.*?)\n---\n(.*)", re.DOTALL)
-_MARKER = re.compile(r"^[\s>*_#-]*score[*_\s]*:[*_\s]*(.*)$", re.IGNORECASE | re.MULTILINE)
+BLANKS = ("prompt", "response", "reference", "fence")
+
+_HEAD = re.compile(r"---\n(.*?\n)---\n(.*)", re.DOTALL)
+_MARKER = re.compile(r"^[ \t>*_#-]*score[*_ \t]*:[*_ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _PLAIN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+))?[\s.*_]*")
+_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 
-class Rubric(Knobs):
-    """A loaded rubric; `scale` is inclusive on both ends."""
+class Head(Knobs):
+    """What a rubric says of itself; `scale` is inclusive on both ends."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     scale: tuple[float, float]
     origin: str
     licence: str
-    template: jinja2.Template
 
     @field_validator("scale")
     @classmethod
     def _ascends(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if not scale[0] < scale[1]:
-            raise ValueError("scale must be [low, high] with low < high")
+            raise ValueError("write [low, high] with low < high")
         return scale
+
+
+class Rubric(NamedTuple):
+    """A loaded rubric."""
+
+    head: Head
+    template: jinja2.Template
 
 
 def load(path: Path) -> Rubric:
     """Read a rubric file; RecipeError with file and line."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as e:
+        raise RecipeError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
     parts = _HEAD.fullmatch(text)
     if parts is None:
         raise RecipeError(
             f"{path}:1: a rubric starts with a head between two lines of ---: name, scale, origin, licence"
         )
-    head, _ = yamlfile.parse(parts[1], str(path))
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    # blank lines before each part: so it counts lines as the file does
+    return Rubric(_head("\n" + parts[1], path), _template("\n" * text[: parts.start(2)].count("\n") + parts[2], path))
+
+
+def _head(text: str, path: Path) -> Head:
+    data, places = yamlfile.parse(text, str(path))
     try:
-        template = environment.from_string(parts[2].strip())
-        template.render(prompt="", response="", reference="")
-        return Rubric(**{str(key): value for key, value in (head or {}).items()}, template=template)
-    except jinja2.TemplateError as e:
-        line = parts[1].count("\n") + 3 + (getattr(e, "lineno", 1) or 1) - 1
-        raise RecipeError(f"{path}:{line}: {e}; a rubric knows prompt, response and reference") from None
+        return Head.model_validate(data)
     except ValidationError as e:
-        told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
-        raise RecipeError(f"{path}:1: {told}") from None
+        problems = []
+        for error in e.errors():
+            _, line = places.get(error["loc"], places.get(error["loc"][:1], (str(path), 1)))
+            key = ".".join(map(str, error["loc"])) or "the head"
+            told = (
+                f"unknown key; known here: {', '.join(Head.model_fields)}" if "extra" in error["type"] else error["msg"]
+            )
+            problems.append(f"{path}:{line}: {key}: {told.removeprefix('Value error, ')}")
+        raise RecipeError("\n".join(problems)) from None
+
+
+def _template(text: str, path: Path) -> jinja2.Template:
+    try:
+        for name in _ENVIRONMENT.parse(text).find_all(nodes.Name):
+            if name.ctx == "load" and name.name not in BLANKS:
+                raise RecipeError(f"{path}:{name.lineno}: {name.name!r} is unknown; a rubric has {', '.join(BLANKS)}")
+        template = _ENVIRONMENT.from_string(text)
+        asked = template.render({name: f"<{name}>" for name in BLANKS})
+    except jinja2.TemplateSyntaxError as e:
+        raise RecipeError(f"{path}:{e.lineno}: {e.message}") from None
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as e:
+        raise RecipeError(f"{path}: the blanks cannot be filled: {e}") from None
+    if "<response>" not in asked:
+        raise RecipeError(f"{path}: the judge would not see the answer; put {{{{ response }}}} into the text")
+    return template
 
 
 def render(rubric: Rubric, sample: Sample) -> list[Message]:
     """What the judge is asked about a sample."""
     values: dict[str, Any] = {
-        "prompt": sample.prompt.text, "response": sample.response, "reference": sample.prompt.reference or "",
+        "prompt": _said(sample.prompt), "response": sample.response, "reference": sample.prompt.reference or "",
+        "fence": digest(sample.prompt.id, sample.response, size=8),
     }  # fmt: skip
-    return [Message(role="user", content=rubric.template.render(**values))]
+    return [Message(role="user", content=rubric.template.render(values).strip())]
+
+
+def _said(prompt: Prompt) -> str:
+    """A single question as it is; of a conversation every turn, since the last one alone may mean nothing."""
+    if [message["role"] for message in prompt.messages] == ["user"]:
+        return prompt.text
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
 
 
 def read_score(rubric: Rubric, text: str) -> float | None:
-    """The number after the last `Score:` that starts a line; None unless it is one plain number within the scale."""
-    markers = _MARKER.findall(text)
-    found = _PLAIN.fullmatch(markers[-1].strip()) if markers else None
-    if found is None:
-        return None
-    low, high = rubric.scale
-    if found[2] is not None and float(found[2]) != high:
+    """The number after `Score:` at the start of a line.
+
+    None unless it is one plain number within the scale, and the same wherever the text has such a line.
+    """
+    scores = {_plain_number(rubric.head.scale, told) for told in _MARKER.findall(text)}
+    return scores.pop() if len(scores) == 1 else None
+
+
+def _plain_number(scale: tuple[float, float], told: str) -> float | None:
+    low, high = scale
+    found = _PLAIN.fullmatch(told.strip())
+    if found is None or (found[2] is not None and float(found[2]) != high):
         return None  # "1/10" on a scale to 5 is another scale, not a 1
     value = float(found[1])
     return value if low <= value <= high else None

@@ -31,8 +31,8 @@ def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[TrainRow | S
             reason = "empty" if sample.finish == "stop" else f"truncated:{sample.finish}"
             yield sample.judged(Verdict(filter="shape", keep=False, reason=reason))
             continue
-        if knobs.reasoning == "keep" and sample.reasoning:
-            text = f"<think>\n{sample.reasoning.strip()}\n</think>\n\n{text}"
+        if knobs.reasoning == "keep" and (trace := (sample.reasoning or "").strip()):
+            text = f"<think>\n{trace}\n</think>\n\n{text}"
         yield TrainRow(
             id=digest(sample.prompt.id, text, size=8),
             prompt=student_view(knobs, sample.prompt),

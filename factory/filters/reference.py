@@ -10,27 +10,42 @@ negatives once cost two thirds of a corpus), so each way of comparing is small, 
 | choice | the same option letter |
 """
 
+import math
 import re
-import string
 import unicodedata
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import PrivateAttr, field_validator
 
+from factory.filters.pattern import Pattern, Undecided
 from factory.filters.shapes import RowFilter
 from factory.rows import Sample, Verdict
 
 TOLERANCE = 1e-6
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»…–—")
+ARTICLES = ("a", "an", "the")
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(
-    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?\s*%?"
+    r"""(?<![^\W_])(?<!\^)            # not the 2 of CO2 nor of cm^2
+    (?:(?<!\))[-+][$€£]?)?            # the sign; in 2-3 the dash is none
+    (?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:e[-+]?\d+)?
+    (?:\s*/\s*\d+(?:\.\d+)?)?\s*%?""",
+    re.IGNORECASE | re.VERBOSE,
 )
-_CHOICES = (
-    re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*\**\(?([A-Za-z])\)?(?![A-Za-z])", re.IGNORECASE),
-    re.compile(r"^\s*\**\(?([A-Za-z])\**[).:](?:\s|$|\*)", re.MULTILINE),
-    re.compile(r"^\s*\**\(?([A-Za-z])\)?\**\s*$", re.MULTILINE),
-    re.compile(r"\(([A-Za-z])\)"),
-)
+_LETTER = r"""(?:\s{0,3}[:=–-])?(?:\\\w{1,10}\{|[\s*_"'(\[{$]){0,12}([A-Za-z])(?!'?\w)(?!(?<=[aI])\s+[a-z])"""  # not of "a dog", "I think"
+_CHOICES = [
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"\\boxed\{(?:\\\w{1,10}\{)?\(?([A-Za-z])\)?\}",
+        rf"(?i:\banswer\b)(?:[^.\n:]{{0,40}}?\b(?i:is|be))?{_LETTER}",
+        rf"(?i:\b(?:option|choice|choose|pick)(?: is)?){_LETTER}",
+        r"\b([A-Z])\)?\*{0,2} is (?:the )?(?:correct|right|best)\b",
+        r"^[ \t*]{0,9}\(?([A-Za-z])[).]?[ \t*]{0,9}$",
+        r"^[ \t*]{0,9}\(?([A-Za-z])\*{0,2}[).:](?:\s|\*)",
+        r"(?<!\w)\(([A-Za-z])\)",
+    )
+]
 
 
 class MatchesReference(RowFilter):
@@ -42,25 +57,27 @@ class MatchesReference(RowFilter):
     kind: Literal["matches_reference"] = "matches_reference"
     how: Literal["exact", "normalised", "contains", "numeric", "choice"] = "normalised"
     extract: str | None = None
+    _extract: Pattern | None = PrivateAttr(None)
 
     @field_validator("extract")
     @classmethod
     def _has_one_group(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            try:
-                groups = re.compile(pattern).groups
-            except re.error as e:
-                raise ValueError(f"not a regular expression: {e}") from None
-            if groups != 1:
-                raise ValueError(f"extract needs exactly one group (...), it has {groups}")
+        if pattern is not None and (groups := Pattern(pattern).groups) != 1:
+            raise ValueError(f"extract needs exactly one group (...), it has {groups}")
         return pattern
+
+    def model_post_init(self, context: Any) -> None:
+        self._extract = Pattern(self.extract) if self.extract is not None else None
 
     def check(self, sample: Sample) -> Verdict:
         reference, answer = sample.prompt.reference, sample.response
         if reference is None:
             return self.keep()
-        if self.extract is not None:
-            found = re.findall(self.extract, answer)
+        if self._extract is not None:
+            try:
+                found = self._extract.try_on(answer, "findall")
+            except Undecided as e:
+                return self.cannot_tell(str(e))
             if not found:
                 return self.drop("no_answer", evidence=reference[:200])
             answer = found[-1]
@@ -75,7 +92,7 @@ def agree(how: str, answer: str, reference: str) -> bool:
         return answer.strip() == reference.strip()
     if how == "numeric":
         got, known = number(answer), number(reference)
-        return got is not None and known is not None and abs(got - known) <= TOLERANCE * max(1.0, abs(known))
+        return got is not None and known is not None and math.isclose(got, known, rel_tol=TOLERANCE)
     if how == "choice":
         got_letter, known_letter = letter(answer), letter(reference)
         return got_letter is not None and got_letter == known_letter
@@ -84,28 +101,40 @@ def agree(how: str, answer: str, reference: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Case, punctuation, articles, blanks and Unicode forms levelled."""
-    words = unicodedata.normalize("NFKC", text).casefold().translate(_PUNCTUATION).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    """Case, punctuation, articles, blanks and Unicode forms levelled; but 3.5 is not 35, nor -5 the same as 5.
+
+    Where nothing would be left ("A", "+"), what stands there counts.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    spaced = _THOUSANDS.sub("", plain).replace(",", " ").replace(";", " ")
+    words = _marks().sub("", spaced).split() or plain.split()
+    return " ".join([word for word in words if word not in ARTICLES] or words)
+
+
+@cache
+def _marks() -> Any:
+    """Punctuation and invisible characters; not those inside a number, the minus before one, nor those of C++ and C#."""
+    import regex  # for \p; see pattern.py
+
+    return regex.compile(r"(?!(?<=\d).\d)(?!(?<!\w)-\d)(?!(?<=[^\W\d_])[+#])[\p{P}\p{Cf}$`|~^<>=+]")
 
 
 def number(text: str) -> float | None:
-    """The last number of a text."""
-    found = [m.group() for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m.group())]
+    """The last number of a text; None where there is none."""
+    found = [m.group() for m in _NUMBER.finditer(text.replace("−", "-")) if m.group()]
     if not found:
         return None
-    last = found[-1].replace(",", "").replace(" ", "")
-    percent = last.endswith("%")
+    last = re.sub(r"[,\s$€£]", "", found[-1])
     above, _, below = last.rstrip("%").partition("/")
     if below and float(below) == 0:
         return None
     value = float(above) / (float(below) if below else 1.0)
-    return value / 100 if percent else value
+    return value / 100 if last.endswith("%") else value
 
 
 def letter(text: str) -> str | None:
-    """The option that a multiple-choice answer names, in upper case."""
+    """The option that a multiple-choice answer names, in upper case: by the clearest cue, its last mention."""
     for pattern in _CHOICES:
-        if found := pattern.findall(text):
+        if found := pattern.findall(text.replace("’", "'")):
             return str(found[-1]).upper()
     return None

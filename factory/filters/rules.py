@@ -4,25 +4,19 @@
 |---|---|---|
 | finished | the model ended by itself | truncated rows teach never to stop |
 | words, tokens | given in the recipe | - |
-| no_refusal | a refusal in the first 250 characters | where refusals stand; answers about refusing come later or quote |
 | repetition | half of a long answer's word 4-grams repeat, or a tail loops 4 times | Gopher (Rae et al. 2021, table A1), but looser |
 | format | given in the recipe | - |
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from factory.filters.pattern import Pattern, Undecided
 from factory.filters.shapes import Kit, RowFilter
 from factory.rows import Sample, Verdict
-
-REFUSAL_WITHIN = 250
-"""Characters from the start in which a refusal stands."""
-FORMAT_LIMIT = 100_000
-"""Characters that a user's pattern is tried on."""
 
 
 class Finished(RowFilter):
@@ -82,58 +76,6 @@ class Tokens(Bounds):
         return self.within(self._count(sample.response))
 
 
-# A refusal speaks of oneself ("I", "as an AI") or apologises first; "you cannot", "he said: I can't" are not refusals.
-_SORRY = r"(?:(?:i'?m|i am) (?:very |really |so )?(?:sorry|afraid)|sorry|unfortunately|regrettably|i apologi[sz]e|my apologies)"
-_MACHINE = r"an? (?:ai|artificial intelligence|(?:large )?language model)"
-_AM_NOT = r"(?:unable|not able|not allowed)"
-_DECLINE = (
-    rf"(?:can(?:not|'t| not)|am {_AM_NOT}|'?m {_AM_NOT}|won'?t|will not|shouldn'?t|refuse|(?:must|have to) decline"
-    r"|do(?: not|n'?t) feel comfortable)"
-)
-_PRAISE = r"(?! (?:stress|wait|emphasi[sz]e|imagine|agree more|recommend (?:it|this|them|her|him) enough|think of (?:a|any) better))"
-_REFUSALS: dict[str, list[str]] = {
-    "cannot": [
-        rf"^\W*{_SORRY}?[\s,.;:!—–-]*(?:but |however,? )?(?:that )?(?:as {_MACHINE}[^.,]{{0,40}},? )?i {_DECLINE}\b{_PRAISE}",
-        rf"^\W*i'?m (?:{_AM_NOT}|not comfortable)\b",
-    ],
-    "as_an_ai": [
-        rf"\bas {_MACHINE}\b[^.]{{0,80}}\b(?:i (?:can(?:not|'t)|do not|don'?t|am (?:not|unable)|have no)|can(?:not|'t))\b",
-        rf"\bi(?:'?m| am) (?:just |only )?{_MACHINE}\b",
-    ],
-    "sorry_but": [
-        rf"^\W*{_SORRY}[,.]? (?:but )?(?:that'?s|this is|it'?s|that is) (?:not something|against|beyond|outside)",
-    ],
-    "german": [
-        r"^\W*(?:(?:es )?tut mir leid|entschuldigung|leider)[^.!]{0,60}\b(?:kann|darf|werde|möchte) ich\b[^.!]{0,60}\bnicht\b",
-        r"^\W*(?:es )?tut mir leid[^.!]{0,40}\bich (?:kann|darf|werde)\b[^.!]{0,80}\b(?:nicht|keine?n?)\b",
-        r"\bals (?:ki|sprachmodell|künstliche intelligenz)[- ,]",
-    ],
-    "french": [
-        r"^\W*(?:(?:je suis )?désolée?|je regrette|malheureusement)[^.!]{0,40}\bje ne (?:peux|puis|suis)\b",
-        r"^\W*je ne (?:peux|puis) pas (?:vous |t'|répondre|aider|fournir)",
-        r"\ben tant qu(?:e |')(?:ia|intelligence artificielle|modèle de langage)\b",
-    ],
-    "spanish": [
-        r"^\W*(?:lo siento|lo lamento|disculpa|perdón|lamentablemente)[^.!]{0,40}\bno (?:puedo|me es posible|estoy)\b",
-        r"\bcomo (?:ia|inteligencia artificial|modelo de lenguaje)\b",
-    ],
-}
-_REFUSAL = {name: re.compile("|".join(patterns), re.IGNORECASE) for name, patterns in _REFUSALS.items()}
-
-
-class NoRefusal(RowFilter):
-    """Drops refusals and disclaimers of being a machine, in English, German, French and Spanish."""
-
-    kind: Literal["no_refusal"] = "no_refusal"
-
-    def check(self, sample: Sample) -> Verdict:
-        start = sample.response[:REFUSAL_WITHIN].replace("’", "'")
-        for name, pattern in _REFUSAL.items():
-            if found := pattern.search(start):
-                return self.drop(f"refusal:{name}", evidence=found.group()[:100])
-        return self.keep()
-
-
 class Repetition(RowFilter):
     """Drops degenerate loops."""
 
@@ -143,7 +85,7 @@ class Repetition(RowFilter):
 
     def check(self, sample: Sample) -> Verdict:
         words = sample.response.split()
-        if loops := _looping_tail(words):
+        if loops := _looping_tail([word.rstrip(".,;:!?") for word in words]):
             return self.drop(f"looping_tail={loops}", score=loops)
         if len(words) >= self.min_words:
             grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -174,20 +116,19 @@ class Format(RowFilter):
     kind: Literal["format"] = "format"
     pattern: str
     full: bool = True
+    _pattern: Pattern = PrivateAttr()
 
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise ValueError(f"not a regular expression: {e}") from None
-        return pattern
+        return Pattern(pattern).text
+
+    def model_post_init(self, context: Any) -> None:
+        self._pattern = Pattern(self.pattern)
 
     def check(self, sample: Sample) -> Verdict:
-        if len(sample.response) > FORMAT_LIMIT:
-            return Verdict(filter=self.kind, keep=None, reason=f"too_long_for_format={len(sample.response)}")
-        match = re.fullmatch if self.full else re.search
-        return (
-            self.keep() if match(self.pattern, sample.response) else self.drop("format", evidence=sample.response[:100])
-        )
+        try:
+            found = self._pattern.try_on(sample.response, "fullmatch" if self.full else "search")
+        except Undecided as e:
+            return self.cannot_tell(str(e))
+        return self.keep() if found else self.drop("format", evidence=sample.response[:100])

@@ -1,10 +1,16 @@
 """The three shapes of filters; the shape tells the cost."""
 
-from collections.abc import Callable
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self, TypeAlias
 
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
+
+Look: TypeAlias = Callable[[], Iterable[list[Sample]]]
+"""Samples by prompt, read afresh from the first at each call."""
+
+Judge: TypeAlias = Callable[[list[Sample]], list[Verdict]]
+"""A verdict for each of some samples of one prompt."""
 
 
 class Kit(Protocol):
@@ -30,6 +36,10 @@ class Shape(Knobs):
     def drop(self, reason: str, score: float | None = None, evidence: str | None = None) -> Verdict:
         return Verdict(filter=self.kind, keep=False, reason=reason, score=score, evidence=evidence)
 
+    def cannot_tell(self, reason: str, evidence: str | None = None) -> Verdict:
+        """Sets a row aside: broken is not bad."""
+        return Verdict(filter=self.kind, keep=None, reason=reason, evidence=evidence)
+
 
 class RowFilter(Shape):
     """Looks at one sample at a time."""
@@ -46,7 +56,10 @@ class GroupFilter(Shape):
 
 
 class SetFilter(Shape):
-    """Looks at all rows: `start` makes an index, and returns what judges the groups one after another."""
+    """Looks at all rows: `start` makes an index, and returns what judges the groups one after another.
 
-    def start(self) -> Callable[[list[Sample]], list[Verdict]]:
+    `look()` reads all groups that will reach this filter, for those that must know the last row to judge the first.
+    """
+
+    def start(self, look: Look) -> Judge:
         raise NotImplementedError

@@ -1,0 +1,167 @@
+"""Refusals, and disclaimers of being a machine, in English, German, French and Spanish.
+
+A refusal stands at the start, speaks of oneself, and names something that assistants are asked to do. What is quoted is
+somebody else's; "I can't stress enough" and "Sorry! is a board game" refuse nothing.
+"""
+
+import re
+import unicodedata
+from typing import Literal
+
+from factory.filters.shapes import RowFilter
+from factory.rows import Sample, Verdict
+
+WITHIN = 250
+"""Characters from the start in which a refusal stands."""
+
+_QUOTED = re.compile(
+    r"""[“„«][^“”„»]*(?:[“”»]|$) | "[^"]*(?:"|$) | (?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w) | ^>.*$""",
+    re.MULTILINE | re.VERBOSE,
+)
+_START = r'^[^\w"]*(?:(?:no|oh|hello|hi|well|hmm)\b[\s,.!–—-]+)?'
+_BETWEEN = r"(?:[^.!?\n]{0,80}?|[\s.!,;:—–-]*)"  # the rest of the sentence, or its end
+
+# -- English -----------------------------------------------------------------------------------------------------------
+
+_SORRY = (
+    r"(?:(?:i'?m|i am) (?:very |really |so |truly )?(?:sorry|afraid)|sorry|unfortunately|regrettably|i apologi[sz]e"
+    r"|(?:my )?apologies|i regret)"
+)
+_AM_NOT = r"i(?: am|'?m) (?:unable|not able|not allowed|not permitted|not authori[sz]ed|not programmed|not designed)"
+_DECLINE = r"(?: must| have to| will have to|(?:'m| am) going to have to) (?:respectfully |politely )?decline"
+_NOT = (
+    rf"(?:{_AM_NOT}|i (?:can(?:not|'?t| not)|won'?t|will not|shouldn'?t|must not|refuse|do not have|don'?t have"
+    rf"|do(?: not|n'?t) feel comfortable)|i{_DECLINE})\b"
+)
+_CAN = (
+    rf"(?:{_AM_NOT} to|i (?:can(?:not|'?t| not)(?: and will not)?|won'?t(?: be able to)?|will not(?: be able to)?"
+    r"|shouldn'?t|refuse to))(?: \w+ly| also| even|,? in good conscience,?)?"
+)
+_SERVE = (
+    r"(?:help\b(?! (?:but|it|myself|\w+ing)\b)|(?:assist|aid|provide|offer|fulfil+|comply|answer|respond|reply|complete"
+    r"|create|write|generate|produce|compose|draft|share|discuss|engage|participate|support|recommend|access|browse"
+    r"|verify|translate|summari[sz]e|predict|continue|proceed|accommodate|advise|endorse|promote|encourage|condone"
+    r"|facilitate|speculate|disclose|reveal|perform|execute|identify|role-?play|pretend|simulate|impersonate|process"
+    r"|express|do (?:that|this|so|it|what)|be of (?:help|assistance)"
+    r"|give (?:you )?(?:\w+ )?(?:advice|information|instructions|details|that|this))\b)"
+)
+_COMFORTABLE = (
+    r"(?:(?:provid|answer|discuss|writ|shar|help|assist|creat|generat|continu|engag|respond|giv|offer|do)ing"
+    r"|with (?:that|this|your))"
+)
+_UNLIKE = (  # what nobody can do for joy, and what friends cannot do on Friday
+    r"(?! (?:stress|wait|emphasi[sz]e|imagine|agree more|overstate|believe|complain|say no|help (?:but|it|myself)"
+    r"|think of (?:a|any) better|tell you (?:how|what)|make it|come\b|attend|join|be there|stay\b))"
+    r"(?![^.!?\n]{0,40}\benough\b)"
+)
+_MACHINE = (  # "an AI" and "an AI model", not "an AI engineer"
+    r"an? (?:(?:responsible |helpful |ethical )?ai|artificial intelligence|machine learning model"
+    r"|(?:ai[ -]|large |text-based |ai-based |ai-powered )*language model|ai-(?:powered|based) assistant)"
+    r"(?: (?:language )?(?:model|assistant|system|chatbot|program|bot))?"
+    r"(?=\s*(?:[,.;:!?()\n—–]|$)| (?:i|so|that|which|created|developed|trained|designed|built|made|programmed|without"
+    r"|with|but|my|it)\b| and (?:i|do|don't|not|as|can't|cannot)\b)"
+)
+_THAT_IS = r"(?:that(?:'s| is)|this is|it(?:'s| is))"
+_CANNOT = [
+    rf"{_START}{_SORRY}\b{_BETWEEN}\b{_NOT}{_UNLIKE}",
+    rf"{_START}{_CAN} {_SERVE}{_UNLIKE}",
+    rf"{_START}i{_DECLINE}\b(?! (?:your|the|his|her|their) (?:invit|offer|job))",
+    rf"{_START}(?:i(?:'?m| am) not|i do(?: not|n'?t) feel) comfortable {_COMFORTABLE}",
+    rf"{_START}it(?:'s| is) (?:not possible|impossible) for me to\b",
+    rf"{_START}(?:{_SORRY}[,.!]? (?:but )?)?{_THAT_IS} not something (?:that )?i (?:can|am able|will)",
+    rf"{_START}(?:{_SORRY}[,.!]? (?:but )?)?{_THAT_IS} (?:against|beyond|outside) (?:of )?my\b",
+    rf"{_START}{_SORRY}[,.!]? (?:but )?{_THAT_IS} (?:not something|against|beyond|outside)",
+    rf"{_START}i do(?: not|n'?t) have (?:the (?:ability|capability|means) to|personal (?:opinion|experience|feeling"
+    r"|belief|preference)|access to (?:real-time|the internet|current|external))",
+]
+_AS_AN_AI = [
+    rf"\bas {_MACHINE}[^.!?\n]{{0,100}}\b(?:i|my|me)\b",
+    rf"\bi(?:'?m| am) (?:just |only |merely |simply )?(?:{_MACHINE}|a (?:computer program|chatbot)\b)",
+]
+
+# -- German, French, Spanish -------------------------------------------------------------------------------------------
+
+_LEIDER = (
+    r"(?:(?:es )?tut mir (?:sehr |wirklich )?leid|entschuldigung|entschuldige|verzeihung|leider|bedauerlicherweise"
+    r"|ich bedauere?)"
+)
+_LEISTEN = (
+    r"(?:helfen|weiterhelfen|beantworten|antworten|unterstützen|erfüllen|nachkommen|erstellen|schreiben|verfassen|tun"
+    r"|geben|bereitstellen|anbieten|fortfahren|ausführen)"
+)
+_KI = (
+    r"(?:eine? )?(?:ki|(?:ki-|großes )?sprachmodell|ki-(?:sprach)?modell|ki-assistent(?:in)?|künstliche intelligenz)\b"
+    r"(?![-\w])"
+)
+_GERMAN = [
+    rf"{_START}{_LEIDER}{_BETWEEN}\b(?:(?:kann|darf|werde|möchte) ich|ich (?:kann|darf|werde|möchte|bin))\b"
+    r"[^.!?\n]{0,80}\b(?:nicht|nichts|keine?[nr]?)\b(?! (?:genug|kommen|teilnehmen|dabei sein))",
+    rf"{_START}(?:ich (?:kann|darf|werde)|(?:das|dabei|dazu|hierzu|hierbei|diese[rsn]? \w+) (?:kann|darf|werde) ich)\b"
+    rf"[^.!?\n]{{0,60}}\b(?:nicht|keine?[nr]?)\b[^.!?\n]{{0,30}}\b{_LEISTEN}\b",
+    rf"{_START}ich bin (?:leider )?nicht (?:in der lage|befugt|berechtigt|dazu)\b",
+    rf"\bals {_KI}[^.!?\n]{{0,60}}\b(?:ich|mir|mein)\b|\bich \w+ als {_KI}",
+    rf"\bich bin (?:nur |lediglich |bloß )?{_KI}",
+]
+_DESOLE = (
+    r"(?:(?:je suis )?(?:vraiment |sincèrement )?(?:désolée?|navrée?)|je regrette|malheureusement|je m'excuse"
+    r"|excusez-moi|pardon)"
+)
+_RENDRE = (
+    r"(?:aider|répondre|fournir|donner|créer|écrire|générer|rédiger|faire (?:cela|ça)|accéder|satisfaire|traiter"
+    r"|discuter|continuer)"
+)
+_INCAPABLE = r"pas (?:en mesure|capable|autorisée?|habilitée?|conçue?|programmée?)"
+_IA = r"(?:ia|intelligence artificielle|(?:grand )?modèle (?:de langage|d'ia)|assistante? (?:ia|virtuelle?))\b"
+_FRENCH = [
+    rf"{_START}{_DESOLE}{_BETWEEN}\bje (?:ne (?:peux|puis|saurais|pourrai)\b(?! pas (?:venir|assister|être|insister"
+    rf"|attendre))|ne suis {_INCAPABLE}|n'ai pas (?:la |accès|le droit)|dois refuser)",
+    rf"{_START}je ne (?:peux|puis) (?:malheureusement )?pas (?:vous |te |t'|y |malheureusement )*{_RENDRE}\b",
+    rf"{_START}je ne suis (?:malheureusement )?{_INCAPABLE}",
+    rf"{_START}il m'est impossible\b",
+    rf"\ben tant qu(?:e |'){_IA}[^.!?\n]{{0,60}}\b(?:je\b|j'|mon\b|mes\b)",
+    rf"\bje (?:ne )?suis (?:qu'|juste |seulement )?une? {_IA}",
+]
+_SIENTO = (
+    r"(?:lo siento|lo lamento|lamento|disculp[ae](?:me)?|perd[oó]n|perdona|lamentablemente|desafortunadamente"
+    r"|desgraciadamente|me temo)"
+)
+_SERVIR = (
+    r"(?:ayudar|responder|proporcionar|ofrecer|dar(?:te|le)?\b|crear|escribir|generar|realizar|cumplir"
+    r"|hacer (?:eso|esto)|acceder|asistir(?:te|le)|completar|continuar|participar|brindar|compartir)"
+)
+_NO_PUEDO = (
+    r"no (?:puedo|podr[eé]|me es posible|estoy (?:autorizad|capacitad|en condiciones|programad|diseñad)|soy capaz"
+    r"|tengo (?:la capacidad|acceso))"
+)
+_MODELO = r"(?:una? )?(?:ia|inteligencia artificial|modelo (?:de lenguaje|de ia)|asistente (?:de ia|virtual))\b"
+_SPANISH = [
+    rf"{_START}{_SIENTO}{_BETWEEN}\b{_NO_PUEDO}(?! (?:ir|asistir|esperar|evitar|acompañar|dejar de)\b)",
+    rf"{_START}no (?:puedo|me es posible) (?:\w+mente )?{_SERVIR}",
+    rf"\bcomo {_MODELO}[^.!?\n]{{0,60}}\bno (?:puedo|tengo|soy|estoy|poseo)\b",
+    rf"\bsoy (?:solo |sólo )?{_MODELO}",
+]
+
+_REFUSALS = {
+    name: re.compile("|".join(patterns), re.IGNORECASE)
+    for name, patterns in {
+        "cannot": _CANNOT,
+        "as_an_ai": _AS_AN_AI,
+        "german": _GERMAN,
+        "french": _FRENCH,
+        "spanish": _SPANISH,
+    }.items()
+}
+
+
+class NoRefusal(RowFilter):
+    """Drops refusals and disclaimers of being a machine."""
+
+    kind: Literal["no_refusal"] = "no_refusal"
+
+    def check(self, sample: Sample) -> Verdict:
+        start = unicodedata.normalize("NFC", sample.response.lstrip()[:WITHIN]).replace("’", "'")
+        own = _QUOTED.sub('""', start)
+        for name, pattern in _REFUSALS.items():
+            if found := pattern.search(own):
+                return self.drop(f"refusal:{name}", evidence=found.group().strip()[:100])
+        return self.keep()

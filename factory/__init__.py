@@ -2,26 +2,28 @@
 
 The map, in the order that data flows (a file imports only from files above it):
 
-    rows, errors, knobs     the nouns; the error tree; what recipes are made of
-    prompts                 prompt lists in: ids, train/test split, lint
-    asking/                 seam 1: what is said
-    weights                 where local weights come from
-    journal                 what was paid for
-    teachers/               seam 2: who answers
-    budget, ask             the wall; the only caller of teachers
-    generate                stage: draws and beams
-    filters/, curate        seam 3: what to keep; stage `filter`
-    rubric, judge           stage: scores by a model
-    choose, shape, pair     stages: best of N; sample -> training row; samples -> preference pairs
-    dataset                 training files and card
-    trainers/, train        seam 4: how the student learns; stage `train`
-    stats, evaluate         intervals; stage `evaluate`
-    report                  one page and one JSON
-    recipe                  all stages' knobs as one typed file
-    run, pipeline           the run folder; the whole run on one screen
-    ledger, spending        the journal from outside: verify, purge; stats
-    exchange                the journal elsewhere: export, import
-    cli                     verbs
+    rows, errors, knobs      the nouns; the error tree; what recipes are made of
+    run                      the run folder
+    prompt_*, prompts        prompt lists in: ids, train/test split, lint
+    asking/                  seam 1: what is said
+    weights                  where local weights come from
+    journal                  what was paid for
+    teachers/                seam 2: who answers
+    budget, pace, ask        the wall; how fast; the only caller of teachers
+    models, generate         stage: draws, beams, rounds
+    filters/, curate         seam 3: what to keep; stage `filter`
+    rubric, judge            stage: scores by a model
+    choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
+    dataset                  training files and card
+    train, trainers/         stage `train`; seam 4: how the student learns
+    stats, evaluate          intervals; stage `evaluate`
+    recipe, plan             all stages' knobs as one typed file; which stage reads what
+    findings, report         what a run shows: sentences, one page, one JSON
+    pipeline                 the whole run on one screen
+    ledger, spending, exchange   the journal from outside
+    cli                      verbs
+
+`docs/design.md` has a line for each file.
 """
 
 from importlib import import_module

@@ -7,9 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from factory.filters.reference import normalised
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
+from factory.similar import normalised
 
 
 class Choose(Knobs):

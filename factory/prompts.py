@@ -25,6 +25,7 @@ from factory.prompt_files import READERS, Find, read
 from factory.prompt_rows import Column, Reader, Unreadable, prompt_reader
 from factory.prompt_spool import Part, Spool
 from factory.rows import Prompt, Row, digest
+from factory.similar import similar_to
 
 MAX_CHARACTERS = 100_000
 NEAR = 0.8
@@ -313,9 +314,6 @@ def _keep_apart(one: PromptList, others: list[PromptList]) -> None:
 
 
 def _similar(seeds: Mapping[str, str], prompts: Part) -> dict[str, str]:
-    # the one look down the map: near-duplicates are found in one way, for prompts as for answers
-    from factory.filters.duplicates import similar_to
-
     return similar_to(seeds, lambda: ((prompt.id, _said(prompt)) for prompt in prompts), NEAR)
 
 

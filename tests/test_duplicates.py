@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.filters.duplicates import SHORT, _Index, _minhash, _signature, similar_to
-from factory.filters.reference import normalised
 from factory.rows import Message, Sample
+from factory.similar import SHORT, Index, _minhash, normalised, similar_to, sketch
 from tests.sample_rows import answer, answers, ends, filtered, prompt
 
 steady = settings(deadline=None, derandomize=True)
@@ -210,15 +209,15 @@ def two_texts(similarity: float, number: int) -> tuple[str, str]:
 def test_an_estimate_is_within_five_standard_errors_of_jaccard(a: list[int], b: list[int]) -> None:
     one, two = (" ".join(f"w{i}" for i in numbers) for numbers in (a, b))
     true = jaccard(one, two)
-    estimated = _signature(one).jaccard(_signature(two))
+    estimated = sketch(one).jaccard(sketch(two))
     assert abs(estimated - true) <= 5 * (max(true * (1 - true), 0.01) / 128) ** 0.5
-    assert _signature(one).jaccard(_signature(one)) == 1.0
+    assert sketch(one).jaccard(sketch(one)) == 1.0
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
 def test_estimates_are_not_biased(similarity: float) -> None:
     pairs = [two_texts(similarity, i) for i in range(400)]
-    errors = [_signature(a).jaccard(_signature(b)) - jaccard(a, b) for a, b in pairs]
+    errors = [sketch(a).jaccard(sketch(b)) - jaccard(a, b) for a, b in pairs]
     spread = (similarity * (1 - similarity) / 128) ** 0.5
     assert abs(sum(errors) / len(errors)) < 0.01
     assert (sum(e * e for e in errors) / len(errors)) ** 0.5 == pytest.approx(spread, rel=0.35)
@@ -232,25 +231,25 @@ def test_at_the_default_threshold_twins_are_found_and_others_are_not(
 ) -> None:
     found = 0
     for i in range(300):
-        index, (one, two) = _Index(0.7), two_texts(similarity, i)
-        index.add(_signature(one), "one")
-        found += bool(index.near(_signature(two)))
+        index, (one, two) = Index(0.7), two_texts(similarity, i)
+        index.add(sketch(one), "one")
+        found += bool(index.near(sketch(two)))
     assert low <= found / 300 <= high
 
 
 def test_signatures_are_the_same_everywhere() -> None:
     assert _minhash(["a b", "b c", "c d"]).digest() == _minhash(["c d", "a b", "b c", "a b"]).digest()
-    code = f"from factory.filters.duplicates import _signature; print(_signature({LONG!r}).digest())"
+    code = f"from factory.similar import sketch; print(sketch({LONG!r}).digest())"
     elsewhere = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "77"}
     )
-    assert elsewhere.stdout.strip() == str(_signature(LONG).digest())
+    assert elsewhere.stdout.strip() == str(sketch(LONG).digest())
 
 
 def test_what_is_kept_of_a_row_is_small_whatever_its_length() -> None:
     huge = " ".join(f"word{i}" for i in range(50_000))
-    assert len(_signature(huge).digest()) == len(_signature(LONG).digest()) == 128
-    assert len(_signature("x" * 100_000)) == 32  # one word: a hash of it
+    assert len(sketch(huge).digest()) == len(sketch(LONG).digest()) == 128
+    assert len(sketch("x" * 100_000)) == 32  # one word: a hash of it
 
 
 def test_planted_near_duplicates_are_all_found_in_a_large_set() -> None:

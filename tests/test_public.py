@@ -1,6 +1,42 @@
 """The public names, and the rule that data flows one way."""
 
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import factory
+
+HERE = Path(factory.__file__).parent
+OUTSIDE = {"__init__", "__main__"}
+
+
+def order() -> list[str]:
+    """Files and folders of the package in the order of the map in docs/design.md."""
+    text = (Path(__file__).parent.parent / "docs/design.md").read_text()
+    return [name.removesuffix(".py").rstrip("/") for name in re.findall(r"^  ([a-z_]+(?:\.py|/)) ", text, re.MULTILINE)]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(HERE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The parts of the package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "factory":
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("factory."):
+            yield str(node.module).split(".")[1]
+
+
+def test_the_map_has_every_file_and_data_flows_one_way_down_it() -> None:
+    files = [path for path in HERE.rglob("*.py") if part(path) not in OUTSIDE]
+    place = {name: i for i, name in enumerate(order())}
+    assert {part(path) for path in files} == set(place) - OUTSIDE
+    for path in files:
+        upwards = [name for name in imported(path) if name in place and place[name] > place[part(path)]]
+        assert not upwards, f"{path} imports from below itself: {upwards}"
 
 
 def test_every_public_name_is_there_and_is_what_it_says() -> None:

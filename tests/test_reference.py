@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from factory.filters.reference import agree, letter, normalised, number
+from factory.filters.reference import agree, letter, number
+from factory.similar import normalised
 from tests.sample_rows import answer, filtered, prompt
 
 steady = settings(deadline=None)

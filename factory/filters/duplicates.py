@@ -5,34 +5,19 @@
 | exact_duplicates | equal after case, punctuation and blanks are levelled | - |
 | near_duplicates | estimated Jaccard of word bigrams >= 0.7, 128 permutations | FineWeb: 0.75 on 5-grams of pages; answers are short |
 
-Bands of four rows: at similarity s, 1 - (1 - s**4) ** 32 of the pairs are looked at (s=.7: 99.98 %), then the signatures
-decide. The estimate's standard error is sqrt(s (1-s) / 128), about .04. What is kept in memory are signatures, not texts.
+How alike two answers are is told by `similar.py`. What is kept in memory are signatures, not texts.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
-from itertools import chain, pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from factory.filters.reference import normalised
 from factory.filters.shapes import Judge, Look, SetFilter
 from factory.rows import Sample, Verdict, digest
-
-BANDS = 32
-PERMUTATIONS = 128
-SHORT = 3
-"""Texts with fewer bigrams are compared exactly."""
-
-
-class Twin(NamedTuple):
-    """An earlier row that says the same."""
-
-    id: str
-    similarity: float
-
+from factory.similar import Index, Twin, normalised, sketch
 
 Claim: TypeAlias = Callable[[Any, str], Twin | None]
 """Given a row's signature and id: the twin that came before, else None, and from now on the row stands for its kind."""
@@ -130,10 +115,10 @@ class NearDuplicates(Duplicates):
     threshold: float = Field(0.7, gt=0, le=1)
 
     def signature(self, sample: Sample) -> Any:
-        return _signature(sample.response)
+        return sketch(sample.response)
 
     def claims(self) -> Claim:
-        index = _Index(self.threshold)
+        index = Index(self.threshold)
 
         def claim(signature: Any, name: str) -> Twin | None:
             near = index.near(signature)
@@ -146,96 +131,3 @@ class NearDuplicates(Duplicates):
 
     def reason(self, twin: Twin) -> str:
         return f"near_duplicate={twin.similarity:.2f}"
-
-
-class _Index:
-    """MinHash signatures in bands; a hit counts when the signatures agree enough."""
-
-    def __init__(self, threshold: float) -> None:
-        from rensa import RMinHashLSH
-
-        self.threshold = threshold
-        self._lsh: Any = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
-        self._signatures: list[Any] = []
-        self._names: list[str] = []
-        self._short: dict[str, str] = {}
-
-    def near(self, signature: Any) -> list[Twin]:
-        """All texts so far whose similarity reaches the threshold, in the order they came."""
-        if isinstance(signature, str):
-            return [Twin(self._short[signature], 1.0)] if signature in self._short else []
-        hits = (
-            Twin(self._names[i], self._signatures[i].jaccard(signature)) for i in sorted(self._lsh.query(signature))
-        )
-        return [twin for twin in hits if twin.similarity >= self.threshold]
-
-    def add(self, signature: Any, name: str) -> None:
-        if isinstance(signature, str):
-            self._short.setdefault(signature, name)
-            return
-        self._lsh.insert(len(self._names), signature)
-        self._signatures.append(signature)
-        self._names.append(name)
-
-
-def _signature(text: str) -> Any:
-    """A MinHash of the text's word bigrams; of a short text a hash of the whole."""
-    words = _words().findall(normalised(text))
-    grams = [f"{a} {b}" for a, b in pairwise(words)]
-    return _minhash(grams) if len(grams) >= SHORT else digest(words)
-
-
-@cache
-def _words() -> Any:
-    """Words; in scripts that are written without blanks, characters."""
-    import regex  # for \p; see pattern.py
-
-    alone = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-    return regex.compile(rf"[{alone}]\p{{M}}*|[^\s{alone}]+")
-
-
-def _minhash(grams: list[str]) -> Any:
-    from rensa import RMinHash
-
-    signature = RMinHash(num_perm=PERMUTATIONS, seed=42)
-    signature.update(grams)
-    return signature
-
-
-def similar_to(
-    seeds: Mapping[str, str], others: Callable[[], Iterable[tuple[str, str]]], threshold: float
-) -> dict[str, str]:
-    """Names of the seeds, and of the other texts that a chain of near-duplicates joins to one; each with its first seed.
-
-    `seeds` are name -> text; `others` gives (name, text) afresh at each call, and may give the seeds again. It is gone
-    through until nothing joins, so that memory grows with what has joined, not with all that is compared.
-    """
-    first = {name: name for name in seeds}
-    order = {name: i for i, name in enumerate(seeds)}
-
-    def root(name: str) -> str:
-        while first[name] != name:
-            first[name] = first[first[name]]
-            name = first[name]
-        return name
-
-    def join(a: str, b: str) -> None:
-        a, b = sorted((root(a), root(b)), key=order.__getitem__)
-        first[b] = a
-
-    news = dict(seeds)
-    while news:
-        index = _Index(threshold)
-        for name, text in news.items():
-            signature = _signature(text)
-            for twin in index.near(signature):
-                join(twin.id, name)
-            index.add(signature, name)
-        news = {}
-        for name, text in others():
-            if name not in first or name in news:
-                for twin in index.near(_signature(text)):
-                    if name not in first:
-                        first[name], order[name], news[name] = name, len(order), text
-                    join(twin.id, name)
-    return {name: root(name) for name in first}

@@ -12,8 +12,6 @@ negatives once cost two thirds of a corpus), so each way of comparing is small, 
 
 import math
 import re
-import unicodedata
-from functools import cache
 from typing import Any, Literal
 
 from pydantic import PrivateAttr, field_validator
@@ -21,11 +19,10 @@ from pydantic import PrivateAttr, field_validator
 from factory.filters.pattern import Pattern, Undecided
 from factory.filters.shapes import RowFilter
 from factory.rows import Sample, Verdict
+from factory.similar import normalised
 
 TOLERANCE = 1e-6
-ARTICLES = ("a", "an", "the")
 
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(
     r"""(?<![^\W_])(?<!\^)            # not the 2 of CO2 nor of cm^2
     (?:(?<!\))[-+][$€£]?)?            # the sign; in 2-3 the dash is none
@@ -98,25 +95,6 @@ def agree(how: str, answer: str, reference: str) -> bool:
         return got_letter is not None and got_letter == known_letter
     a, r = normalised(answer), normalised(reference)
     return bool(r) and (f" {r} " in f" {a} " if how == "contains" else a == r)
-
-
-def normalised(text: str) -> str:
-    """Case, punctuation, articles, blanks and Unicode forms levelled; but 3.5 is not 35, nor -5 the same as 5.
-
-    Where nothing would be left ("A", "+"), what stands there counts.
-    """
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
-    spaced = _THOUSANDS.sub("", plain).replace(",", " ").replace(";", " ")
-    words = _marks().sub("", spaced).split() or plain.split()
-    return " ".join([word for word in words if word not in ARTICLES] or words)
-
-
-@cache
-def _marks() -> Any:
-    """Punctuation and invisible characters; not those inside a number, the minus before one, nor those of C++ and C#."""
-    import regex  # for \p; see pattern.py
-
-    return regex.compile(r"(?!(?<=\d).\d)(?!(?<!\w)-\d)(?!(?<=[^\W\d_])[+#])[\p{P}\p{Cf}$`|~^<>=+]")
 
 
 def number(text: str) -> float | None:

@@ -211,8 +211,10 @@ async def run(folder: Path, url: str) -> list[Any]:
     asked = [Request(identity=model.identity, messages=[{"role": "user", "content": f"q{i}"}], sampling=Sampling()) for i in range(5)]  # fmt: skip
     with Journal(folder / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(Budget(), journal.spent("run")), "run")
-        async with model:
+        try:
             tally = await desk.ask(model, asked, len(asked), "test")
+        finally:
+            await model.teacher.close()
         return [tally.sent, *(outcome[0] for _, outcome in desk.read(model, asked, tally))]
 
 

@@ -107,7 +107,7 @@ def test_no_byte_that_a_run_writes_holds_the_key(tmp_path: Path, faults: list[st
         output, command_lines, code = run(tmp_path, server.url, faults)
     assert {h["Authorization"] for h in server.headers} == {f"Bearer {CANARY}"}  # it was sent, and repeated
     assert set(server.seen) == set(faults)
-    assert code == (4 if faults == ["stop"] else 0), output
+    assert code in ((4,) if faults == ["stop"] else (0, 3)), output  # 3: finished, but many draws have no answer
     assert CANARY not in output
     assert CANARY not in command_lines
     files = written(tmp_path)

@@ -81,6 +81,12 @@ def child(module: str, *arguments: object, cwd: Path | None = None, core: int | 
     return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024, running.returncode, started)
 
 
+def factory(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line, to its end."""
+    command = [sys.executable, "-m", "factory", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment())
+
+
 def environment() -> dict[str, str]:
     """Ours, with this copy of the code first."""
     here = str(Path(__file__).resolve().parent.parent)

@@ -65,13 +65,13 @@ class Cost(NamedTuple):
     started: float
 
 
-def child(module: str, *arguments: object, cwd: Path | None = None, core: int | None = None) -> Cost:
+def child(module: str, *arguments: object, cwd: Path | None = None, core: int | None = None, threads: int = 1) -> Cost:
     """Run `python -m module` to its end, start-up included; on one core if asked."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     pinned = ["taskset", "-c", str(core)] if core is not None else []
     started = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        running = subprocess.Popen([*pinned, *command], cwd=cwd, stdout=log, stderr=log, env=environment())
+        running = subprocess.Popen([*pinned, *command], cwd=cwd, stdout=log, stderr=log, env=environment(threads))
         _, status, usage = os.wait4(running.pid, 0)
         running.returncode = os.waitstatus_to_exitcode(status)
         if running.returncode != 0:
@@ -81,11 +81,17 @@ def child(module: str, *arguments: object, cwd: Path | None = None, core: int | 
     return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024, running.returncode, started)
 
 
-def environment() -> dict[str, str]:
+def factory(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line, to its end."""
+    command = [sys.executable, "-m", "factory", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment())
+
+
+def environment(threads: int = 1) -> dict[str, str]:
     """Ours, with this copy of the code first."""
     here = str(Path(__file__).resolve().parent.parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
 
 
 def prompts(count: int) -> Iterator[str]:

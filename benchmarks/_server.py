@@ -1,6 +1,7 @@
 """A loopback server in a process of its own that answers chat completions after a fixed delay, and counts them.
 
-Raw asyncio, because it has to be cheaper than the clients that are measured against it. `GET /stats` tells what came in.
+Raw asyncio, because it has to be cheaper than the clients that are measured against it. `GET /v1/stats` and
+`GET /v1/seen` tell what came in.
 """
 
 import argparse
@@ -76,7 +77,8 @@ class _Connection(asyncio.Protocol):
         if not mark:
             return
         if head.startswith(b"GET "):
-            self._send(_encode(self.counts.stats()))
+            everything = head.startswith(b"GET /v1/seen ")
+            self._send(_encode(self.counts.seen if everything else self.counts.stats()))
         elif len(body) >= (size := _content_length(head)):
             self._count(_decode(body[:size]))
 
@@ -128,8 +130,15 @@ class Server:
         self.url = f"http://127.0.0.1:{port}/v1"
 
     def stats(self) -> Stats:
-        with urllib.request.urlopen(f"{self.url}/stats", timeout=30) as response:
-            return msgspec.json.decode(response.read(), type=Stats)
+        return msgspec.json.decode(self._get("stats"), type=Stats)
+
+    def seen(self) -> dict[str, int]:
+        """How often each question was asked."""
+        return msgspec.json.decode(self._get("seen"), type=dict[str, int])
+
+    def _get(self, what: str) -> bytes:
+        with urllib.request.urlopen(f"{self.url}/{what}", timeout=30) as response:
+            return bytes(response.read())
 
 
 @contextmanager

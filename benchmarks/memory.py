@@ -26,7 +26,6 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _build(folder: Path, count: int, held_out: int = 0) -> Cost:
-    folder.mkdir()
     with serving(delay_ms=10) as server:
         write(folder, server.url, count, STAGES, limits="{max_concurrency: 64}", held_out=held_out)
         cost = child("factory", "build", "recipe.yaml", cwd=folder)

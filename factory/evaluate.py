@@ -130,9 +130,13 @@ class Scored:
 
 
 def _correct(sample: Sample, check: MatchesReference) -> float | None:
+    """1 or 0; None where there is no reference, or where it cannot be told."""
     if sample.prompt.reference is None:
         return None
-    return float(sample.ending == "kept" and check.check(sample).keep is True)
+    if sample.ending != "kept":
+        return 0.0
+    keep = check.check(sample).keep
+    return None if keep is None else float(keep)
 
 
 def summary(models: list[Scored], seed: int) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import tenacity
 
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, Interrupted, TooManyFailures
-from factory.journal import Journal, answer_keys
+from factory.journal import Journal, Stored, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
-from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
+from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage, endings
 from factory.teachers import Teacher
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
@@ -72,18 +72,22 @@ class Tally:
 class Desk:
     """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
 
-    `max_failed` is the share of draws that may end without an answer.
+    `max_failed` is the share of draws that may end without an answer. `retry_failed`: bodies that were stored but hold no
+    answer are asked for again.
     """
 
-    def __init__(self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02) -> None:
-        self.journal, self.wall, self.run, self.max_failed = journal, wall, run, max_failed
+    def __init__(
+        self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02, retry_failed: bool = False
+    ) -> None:
+        self.journal, self.wall, self.run = journal, wall, run
+        self.max_failed, self.retry_failed = max_failed, retry_failed
 
     async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
 
         Raises the error that stopped the run, after the requests in flight have ended and are stored.
         """
-        self._read_leftovers(model)
+        await self._read_leftovers(model)
         with bar(label, total) as advance:
             asking = _Round(self, model, advance, total)
             missing = self._missing(requests, asking)
@@ -114,6 +118,10 @@ class Desk:
                         outcomes.append(tally.failures.get(key) or Failure(reason="missing_choice"))
                 yield request, outcomes
 
+    def _retried(self, stored: Stored) -> bool:
+        """Whether a body that came but is no answer is to be asked for again."""
+        return self.retry_failed and stored.finish in RULES
+
     def _missing(self, requests: Iterable[Request], counter: "_Round") -> Iterator[Request]:
         """The requests, or the parts of them, whose draws are not stored."""
         for chunk in _chunks(requests, LOOKUP):
@@ -121,7 +129,9 @@ class Desk:
             for request in chunk:
                 limit = request.sampling.max_tokens
                 lacking = [
-                    i for i, key in enumerate(answer_keys(request)) if key not in stored or not stored[key].valid(limit)
+                    i
+                    for i, key in enumerate(answer_keys(request))
+                    if key not in stored or not stored[key].valid(limit) or self._retried(stored[key])
                 ]
                 counter.reuse(request.n - len(lacking))
                 if lacking and request.sampling.beam is not None:
@@ -130,14 +140,16 @@ class Desk:
                     for first, last in runs(lacking):
                         yield _part(request, first, last - first + 1)
 
-    def _read_leftovers(self, model: Model) -> None:
+    async def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
         for attempt, body in self.journal.unread(model.identity):
             request = Request(identity=model.identity, messages=[], sampling=Sampling(), n=10_000)
             outcome = model.teacher.read(request, body)
-            answers = [(c.finish, c.tokens) for c in outcome.choices] if isinstance(outcome, Reply) else []
-            usage = outcome.usage if isinstance(outcome, Reply) else Usage()
-            self.journal.file(attempt, answers, usage, _usd(model.entry, usage)).result()
+            if isinstance(outcome, Reply):
+                ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
+                self.journal.file(attempt, ends, outcome.usage, _usd(model.entry, outcome.usage)).result()
+            else:
+                await self.journal.fail(attempt, outcome, billed=True)
 
 
 class _Round:
@@ -296,13 +308,14 @@ class _Round:
         await desk.journal.store(attempt, answer)
         outcome = model.teacher.read(_whole(request), answer)
         if isinstance(outcome, Failure):
-            await desk.journal.fail(attempt, outcome, billed=True)
+            ended = RULES[outcome.reason].billed and ACTIONS[outcome.reason] != "stop" and not _again(request, outcome)
+            await desk.journal.fail(attempt, outcome, True, endings(outcome, request.n) if ended else ())
             return outcome
         usage = outcome.usage
         if entry.billed and not outcome.counted:  # nobody knows what it cost: the worst case
             usage = Usage(prompt_tokens=hold.prompt_tokens, completion_tokens=hold.completion_tokens)
         usd = entry.price.usd(usage) if entry.price else Decimal(0)
-        desk.journal.file(attempt, [(c.finish, c.tokens) for c in outcome.choices], usage, str(usd))
+        desk.journal.file(attempt, endings(outcome, len(outcome.choices) + len(outcome.failed)), usage, str(usd))
         desk.wall.settle(hold, usage, usd)
         self.tally.usage = _sum(self.tally.usage, usage)
         self.tally.usd += usd
@@ -370,7 +383,8 @@ def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
     if isinstance(outcome, Failure):
         return outcome
     if choice >= len(outcome.choices):
-        return Failure(reason="missing_choice", detail="fewer answers than n")
+        failed = outcome.failed[choice - len(outcome.choices) :][:1]
+        return failed[0] if failed else Failure(reason="missing_choice", detail="fewer answers than n")
     picked = outcome.choices[choice]
     if picked.tokens is not None and picked.tokens > max_tokens:
         return msgspec.structs.replace(picked, finish="length")

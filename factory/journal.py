@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +73,18 @@ def answer_keys(request: Request) -> list[str]:
 def asked_key(request: Request) -> str:
     """Hash of the messages alone: the same as the id of a prompt that would be asked plainly."""
     return digest([[m["role"], m["content"]] for m in request.messages], size=8)
+
+
+def _file(db: sqlite3.Connection, attempt: int, ends: Sequence[tuple[str, int | None]]) -> None:
+    row = db.execute("SELECT keys, identity, draw, max_tokens FROM attempt WHERE id=?", [attempt]).fetchone()
+    keys, identity, draw, max_tokens = row
+    db.executemany(
+        "INSERT OR REPLACE INTO answer VALUES (?,?,?,?,?,?,?,?)",
+        [
+            (key, identity, draw + i, attempt, i, finish, tokens, max_tokens)
+            for i, (key, (finish, tokens)) in enumerate(zip(keys.split(), ends, strict=False))
+        ],
+    )
 
 
 class Stored(NamedTuple):
@@ -216,19 +228,11 @@ class Journal:
         row = (time.time(), pack(body), attempt)
         await asyncio.wrap_future(self._write(lambda db: db.execute(sql, row)))
 
-    def file(self, attempt: int, answers: list[tuple[str, int | None]], usage: Usage, usd: str) -> Future[Any]:
-        """File a body's answers (finish, tokens) under the attempt's keys, and settle what the attempt cost."""
+    def file(self, attempt: int, ends: list[tuple[str, int | None]], usage: Usage, usd: str) -> Future[Any]:
+        """File how a body's draws ended (see `rows.endings`) under the attempt's keys, and settle what it cost."""
 
         def act(db: sqlite3.Connection) -> None:
-            row = db.execute("SELECT keys, identity, draw, max_tokens FROM attempt WHERE id=?", [attempt]).fetchone()
-            keys, identity, draw, max_tokens = row
-            db.executemany(
-                "INSERT OR REPLACE INTO answer VALUES (?,?,?,?,?,?,?,?)",
-                [
-                    (key, identity, draw + i, attempt, i, finish, tokens, max_tokens)
-                    for i, (key, (finish, tokens)) in enumerate(zip(keys.split(), answers, strict=False))
-                ],
-            )
+            _file(db, attempt, ends)
             db.execute(
                 "UPDATE attempt SET status='read', prompt_tokens=?, completion_tokens=?, seconds=?, usd=? WHERE id=?",
                 (usage.prompt_tokens, usage.completion_tokens, usage.seconds, usd, attempt),
@@ -236,13 +240,23 @@ class Journal:
 
         return self._write(act)
 
-    async def fail(self, attempt: int, failure: Failure, billed: bool) -> None:
-        """Note why an attempt brought no answer; one that cannot have been billed releases its reservation."""
+    async def fail(
+        self, attempt: int, failure: Failure, billed: bool, ends: Sequence[tuple[str, int | None]] = ()
+    ) -> None:
+        """Note why an attempt brought no answer; one that cannot have been billed releases its reservation.
+
+        `ends` of a body that is paid for and will not get better: its draws are not asked again.
+        """
         sql = "UPDATE attempt SET status='failed', ended=?, reason=?, detail=?"
         if not billed:
             sql += ", prompt_tokens=0, completion_tokens=0, usd='0'"
         row = (time.time(), failure.reason, failure.detail, attempt)
-        await asyncio.wrap_future(self._write(lambda db: db.execute(sql + " WHERE id=?", row)))
+
+        def act(db: sqlite3.Connection) -> None:
+            _file(db, attempt, ends)
+            db.execute(sql + " WHERE id=?", row)
+
+        await asyncio.wrap_future(self._write(act))
 
     async def flush(self) -> None:
         """Wait until everything written so far is committed."""

@@ -19,8 +19,8 @@ import msgspec
 from factory.errors import DiskError, JournalError, LockedError, RecipeError, VersionError
 from factory.journal import VERSION, Journal, unpack
 from factory.progress import bar
-from factory.rows import Failure, Prompt, Row
-from factory.teachers.openai import read_chat
+from factory.rows import Failure, Prompt, Reply, Row, endings
+from factory.teachers.anthropic import read_any
 
 Tell = Callable[[str], None]
 """Takes one line for people."""
@@ -271,26 +271,26 @@ def faults(attempt: Attempt) -> Iterator[str]:
 
 
 def _answer_faults(attempt: Attempt) -> Iterator[str]:
-    """Where the answers that are filed differ from what their body says."""
-    if attempt.status != "read":
-        yield f"it has answers, but its status is {attempt.status!r}"
+    """Where what is filed differs from what its body says."""
     places = {key: draw for draw, key in enumerate(attempt.keys, attempt.draw)}
-    # every teacher's body has the shape of a chat completion, see `teachers`
-    outcome = read_chat(attempt.body or b"", ALL_CHOICES)
-    if isinstance(outcome, Failure):
+    outcome = read_any(attempt.body or b"")
+    if isinstance(outcome, Reply) and attempt.status != "read":
+        yield f"it has answers, but its status is {attempt.status!r}"
+    if isinstance(outcome, Failure) and attempt.status != "failed":
         yield f"its body cannot be read ({outcome.reason}: {outcome.detail[:100]})"
         return
+    known = endings(outcome, ALL_CHOICES if isinstance(outcome, Reply) else len(attempt.keys))
     for answer in attempt.answers:
         if places.get(answer.key) != answer.draw:
             yield f"the answer {answer.key} is not draw {answer.draw} of it"
-        if not 0 <= answer.choice < len(outcome.choices):
-            yield f"the answer {answer.key} is choice {answer.choice}, its body has {len(outcome.choices)}"
+        if not 0 <= answer.choice < len(known):
+            yield f"the answer {answer.key} is choice {answer.choice}, its body has {len(known)}"
             continue
-        choice = outcome.choices[answer.choice]
-        if answer.finish != choice.finish:
-            yield f"the answer {answer.key} ended with {answer.finish!r}, its body says {choice.finish!r}"
-        if answer.tokens is not None and choice.tokens is not None and answer.tokens != choice.tokens:
-            yield f"the answer {answer.key} has {answer.tokens} tokens, its body says {choice.tokens}"
+        finish, tokens = known[answer.choice]
+        if answer.finish != finish:
+            yield f"the answer {answer.key} ended with {answer.finish!r}, its body says {finish!r}"
+        if answer.tokens is not None and tokens is not None and answer.tokens != tokens:
+            yield f"the answer {answer.key} has {answer.tokens} tokens, its body says {tokens}"
 
 
 def _is_money(usd: str) -> bool:

@@ -87,7 +87,9 @@ class Work:
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
         journal.clock(recipe.name)
-        self.desk = Desk(journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name, max_failed)
+        self.desk = Desk(
+            journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name, max_failed, retry_failed
+        )
 
     def begin(self) -> None:
         """Prompts in, and what is odd about them said before anything is sent."""

@@ -156,6 +156,17 @@ class Failure(Row, frozen=True):
 Outcome = Reply | Failure
 
 
+def endings(outcome: Outcome, n: int) -> list[tuple[str, int | None]]:
+    """How each draw of a stored body ended, with its tokens: its answers first, then what came but is no answer.
+
+    The ending of an answer is the server's word, that of a failure its reason.
+    """
+    if isinstance(outcome, Failure):
+        return [(outcome.reason, None)] * n
+    good: list[tuple[str, int | None]] = [(choice.finish, choice.tokens) for choice in outcome.choices]
+    return [*good, *((failure.reason, None) for failure in outcome.failed)][:n]
+
+
 class Verdict(Row, frozen=True):
     """What a filter said of a sample.
 

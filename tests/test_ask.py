@@ -36,10 +36,10 @@ def asks(model: Model, prompts: list[Prompt], n: int = 1, **sampling: object) ->
 
 
 async def ask(
-    folder: Path, model: Model, requests: list[Request], budget: Budget | None = None
+    folder: Path, model: Model, requests: list[Request], budget: Budget | None = None, retry_failed: bool = False
 ) -> tuple[Tally, list[list[Choice | Failure]]]:
     with Journal(folder / "journal.sqlite") as journal:
-        desk = Desk(journal, Wall(budget or Budget(), journal.spent("run")), "run")
+        desk = Desk(journal, Wall(budget or Budget(), journal.spent("run")), "run", retry_failed=retry_failed)
         journal.clock("run")
         async with model:
             tally = await desk.ask(model, requests, len(requests), "test")
@@ -310,3 +310,29 @@ async def test_a_second_process_is_refused_and_told_who_holds_the_journal(tmp_pa
     told = (tmp_path / "stderr").read_text()
     assert LockedError.__name__ in told
     assert "process " in told
+
+
+# -- what came but is no answer --------------------------------------------------------------------------------------
+
+
+async def filtered(body: dict, before: int) -> dict:
+    """Question 1 is filtered as a whole, of question 2's three draws the second is."""
+    answer = chat(body)
+    for i, choice in enumerate(answer["choices"]):
+        question = body["messages"][-1]["content"]
+        if question == "question 1" or (question == "question 2" and i == 1):
+            choice["finish_reason"] = "content_filter"
+    return answer
+
+
+async def test_a_stored_body_without_an_answer_is_paid_for_once_and_keeps_its_reason(tmp_path: Path) -> None:
+    async with serving(filtered) as server:
+        model = model_at(server.url)
+        first, answers = await ask(tmp_path, model, asks(model, questions(3), n=3))
+        second, again = await ask(tmp_path, model, asks(model, questions(3), n=3))
+        third, _ = await ask(tmp_path, model, asks(model, questions(3), n=3), retry_failed=True)
+    said = [[d.reason if isinstance(d, Failure) else "answer" for d in draws] for draws in answers]
+    assert said == [["answer"] * 3, ["filtered_output"] * 3, ["answer", "answer", "filtered_output"]]
+    assert again == answers
+    assert (first.sent, second.sent, third.sent) == (3, 0, 2)
+    assert server.bodies[-1].get("n", 1) in (1, 3)  # of question 2 the one draw alone

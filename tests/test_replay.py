@@ -53,3 +53,22 @@ def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "known.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_journal_of_native_messages_replays(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    stages = "  - generate: {model: teacher, n: 2, temperature: 0.7}\n"
+    with in_thread() as server:
+        folder(first, recipe(server.url, stages=stages).replace("type: openai", "type: anthropic, api_key_env: null"))
+        done = factory(first, "build", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+    assert {body.get("seed") for body in server.bodies} == {None}
+    folder(second, recipe(server.url, stages=stages))
+    shutil.copy(first / "runs/journal.sqlite", second / "paid.sqlite")
+    done = factory(second, "build", "recipe.yaml", "--set", "models.teacher={type: replay, path: paid.sqlite}")
+    assert done.returncode == 0, done.stderr
+    rows = [read_jsonl(where / "runs/tiny/dataset/train.jsonl") for where in (first, second)]
+    assert [(row["prompt"], row["completion"]) for row in rows[0]] == [
+        (row["prompt"], row["completion"]) for row in rows[1]
+    ]

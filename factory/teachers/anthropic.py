@@ -18,6 +18,7 @@ from factory.teachers.strict import strict_json
 from factory.teachers.wire import Wire
 
 VERSION = "2023-06-01"
+EVERY = 10_000
 FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -110,6 +111,13 @@ def read_message(body: bytes, model: str | None = None, echoes: list[str] | None
     if data.get("stop_reason") == "refusal":
         return Failure(reason="refused", detail=f"the model declined: {data.get('stop_details')}"[:500])
     return read_completion(as_completion(data), 1, model, echoes)
+
+
+def read_any(body: bytes) -> Outcome:
+    """A stored body of any teacher, native or not, with all of its choices."""
+    data = strict_json(body)
+    native = isinstance(data, dict) and data.get("type") == "message"
+    return read_message(body) if native else read_chat(body, EVERY)
 
 
 def as_completion(data: dict[str, Any]) -> dict[str, Any]:

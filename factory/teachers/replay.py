@@ -9,7 +9,8 @@ import msgspec
 
 from factory.errors import RecipeError
 from factory.journal import unpack
-from factory.rows import Failure, Outcome, Prompt, Request
+from factory.rows import Choice, Failure, Outcome, Prompt, Reply, Request
+from factory.teachers.anthropic import read_any
 from factory.teachers.entry import Entry
 from factory.teachers.openai import read_chat
 
@@ -59,11 +60,11 @@ class ReplayTeacher:
         pass
 
 
-def stored_body(text: str) -> bytes:
+def stored_body(choice: Choice) -> bytes:
     """An answer that we already have, in the shape that a server would send."""
-    return msgspec.json.encode(
-        {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
-    )
+    message = {"role": "assistant", "content": choice.text, "reasoning": choice.reasoning}
+    rest = {"finish_reason": choice.finish, "logprob": choice.logprob, "tokens": choice.tokens}
+    return msgspec.json.encode({"choices": [{"message": message, **rest}]})
 
 
 def _from_jsonl(path: Path) -> dict[tuple[str, int], bytes]:
@@ -83,7 +84,7 @@ def _from_jsonl(path: Path) -> dict[tuple[str, int], bytes]:
         asked = Prompt.of(messages).id
         draw = drawn.get(asked, 0)
         drawn[asked] = draw + 1
-        answers[asked, draw] = stored_body(text)
+        answers[asked, draw] = stored_body(Choice(text=text, finish="stop"))
     return answers
 
 
@@ -116,5 +117,5 @@ class Stored:
             return None
         attempt, choice = self._places[key]
         (body,) = self._db.execute("SELECT body FROM attempt WHERE id = ?", [attempt]).fetchone()
-        whole = msgspec.json.decode(unpack(body))
-        return msgspec.json.encode({**whole, "choices": whole["choices"][choice : choice + 1]})
+        read = read_any(unpack(body))
+        return stored_body(read.choices[choice]) if isinstance(read, Reply) and choice < len(read.choices) else None

@@ -26,10 +26,11 @@ async def test_requests_a_minute_are_spread_evenly(tmp_path: Path) -> None:
 
     async with serving(script) as server:
         model = model_at(server.url, limits=limits(rpm=1200))  # one every 50 ms
+        started = time.monotonic()
         await ask(tmp_path, model, asks(model, questions(20)))
     arrived.sort()
-    for first, later in zip(arrived, arrived[5:], strict=False):  # never more than the rate in any quarter of a second
-        assert later - first > 5 * 0.05 * 0.7
+    for place, arrival in enumerate(arrived):  # a slow machine may delay a request, nothing makes one early
+        assert arrival - started > 0.05 * place - 0.005
 
 
 async def test_tokens_a_minute_hold_back_by_what_answers_used(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ class Figure(NamedTuple):
     """One number with what it should be: `target` is "<= 1.0"; `ok` is None where only the full run can judge."""
 
     name: str
-    value: float | str | None
+    value: float | None
     target: str | None = None
     ok: bool | None = None
 
@@ -92,6 +93,12 @@ def environment(threads: int = 1) -> dict[str, str]:
     here = str(Path(__file__).resolve().parent.parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def prompts(count: int) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Money, requests and tokens against what the server has really served: never more than the budget, kills and restarts included.
 
-Each budget is about half of what the recipe would need. The run is killed twice on its way, ends at the wall with exit
+Each budget is about half of what the recipe would need. The run is killed on its way, ends at the wall with exit
 code 5, is started once more, and is finished with a larger budget. The server's usage is honest: 20 tokens in, 150 out.
 """
 
@@ -17,7 +17,6 @@ from benchmarks._server import Server, Stats, serving
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 20, 150
 INPUT_USD, OUTPUT_USD = 1.0, 4.0
-KILLS = 2
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
@@ -25,10 +24,10 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     tokens = count * (PROMPT_TOKENS + COMPLETION_TOKENS)
     usd = count * (PROMPT_TOKENS * INPUT_USD + COMPLETION_TOKENS * OUTPUT_USD) / 1e6
     for name, needed in (("usd", usd), ("requests", float(count)), ("tokens", float(tokens))):
-        yield from _against(arguments.folder / name, name, needed / 2, count)
+        yield from _against(arguments.folder / name, name, needed / 2, count, arguments.kills)
 
 
-def _against(folder: Path, name: str, limit: float, count: int) -> Iterator[Figure]:
+def _against(folder: Path, name: str, limit: float, count: int, kills: int) -> Iterator[Figure]:
     shown = f"{limit:.6f}" if name == "usd" else f"{limit:.0f}"
     price = f", price: {{input: {INPUT_USD}, output: {OUTPUT_USD}}}"
     with serving(20) as server:
@@ -40,7 +39,7 @@ def _against(folder: Path, name: str, limit: float, count: int) -> Iterator[Figu
             budget=f"budget: {{{name}: {shown}}}\n",
             price=price,
         )
-        for _ in range(KILLS):
+        for _ in range(kills):
             _killed(folder, server, count // 10)
         at_wall = factory("build", "recipe.yaml", cwd=folder)
         spent = _spent(name, server.stats())
@@ -76,4 +75,4 @@ def _spent(name: str, seen: Stats) -> float:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, prompts=(2_000, 300))
+    main(__doc__, measure, prompts=(2_000, 200), kills=(2, 1))

@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     yield judged("client.cpu_ratio_to_openai", median_of(ratios), "<= 0.25", full)
     yield judged("client.requests_per_second", median_of([count / cost.wall_s for cost in ours]), ">= 800", full)
     yield Figure("client.openai_requests_per_second", round(median_of([count / cost.wall_s for cost in theirs]), 1))
-    yield judged("client.first_request_s", median_of(list(_first(arguments))), "<= 1.0")
+    yield judged("client.first_request_s", median_of(list(_first(arguments))), "<= 1.0", full)
 
 
 def _first(arguments: argparse.Namespace) -> Iterator[float]:

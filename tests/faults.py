@@ -245,7 +245,7 @@ FAULTS = [*STATUSES, *RETRY_AFTER, *SOCKETS, *BODIES]
 MIXED = [fault for fault in FAULTS if not fault.exit and fault.waits_s <= 1]
 """Those that a run lives through, and in less than an hour."""
 STOPPING = [fault for fault in FAULTS if fault.exit]
-ELSEWHERE = {"no_such_host": ("http://no-such-host.invalid/v1", 7), "connect_refused": ("http://127.0.0.1:9/v1", 7)}
+ELSEWHERE = {"no_such_host": ("https://no-such-host.invalid/v1", 7), "connect_refused": ("http://127.0.0.1:9/v1", 7)}
 """Faults of an address, where there is no server to play them: base_url and exit code."""
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -24,7 +25,7 @@ LOOKUP = 256
 """Requests looked up in the journal at once."""
 
 RETRIED = {"server_error", "timeout", "transport", "outage", "bad_json", "missing_choice", "empty", "engine_died"}
-FEW_TRIES = {"bad_json": 3, "missing_choice": 3, "empty": 2}
+FEW_TRIES = {"bad_json": 3, "missing_choice": 3, "empty": 2, "engine_died": 2}
 STOPS: dict[str, type[FactoryError]] = {"auth": AuthError, "quota": BudgetError, "model_not_found": IdentityError}
 MAYBE_BILLED = {"timeout", "transport", "server_error", "bad_json", "missing_choice", "empty", "filtered_output"}
 MAX_PAUSE_S = 3600.0
@@ -154,7 +155,7 @@ class _Round:
         """One request to its end: an answer, or the failure that is left after the retries."""
         limits = self.model.entry.limits
         retrying = tenacity.AsyncRetrying(
-            stop=partial(_enough, limits.max_attempts),
+            stop=partial(_enough, limits.max_attempts, Counter()),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
             retry=tenacity.retry_if_result(partial(_again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
@@ -222,10 +223,14 @@ def _again(request: Request, outcome: Any) -> bool:
     return not (outcome.reason == "empty" and repeatable)
 
 
-def _enough(limit: int, state: tenacity.RetryCallState) -> bool:
+def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) -> bool:
+    """`failed` counts the failures of one request by reason: a timeout before it does not make one death two."""
     outcome = state.outcome.result() if state.outcome else None
-    few = FEW_TRIES.get(outcome.reason, limit) if isinstance(outcome, Failure) else limit
-    return state.attempt_number >= min(limit, few)
+    if isinstance(outcome, Failure):
+        failed[outcome.reason] += 1
+        if failed[outcome.reason] >= FEW_TRIES.get(outcome.reason, limit):
+            return True
+    return state.attempt_number >= limit
 
 
 def _whole(request: Request) -> Request:

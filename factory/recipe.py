@@ -26,6 +26,7 @@ from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.openai import OpenAI
 from factory.teachers.replay import Replay
+from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path
 from factory.yamlfile import Path_, Place
@@ -266,6 +267,11 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
         for name in sources:
             if name not in sets | made:
                 yield (*at, "from"), f"there is no prompt list or earlier stage {name!r}; {_nearest(name, sets | made)}"
+        if isinstance(stage, Choose) and stage.by == "logprob" and (silent := _tells_no_logprob(recipe, i)):
+            yield (
+                (*at, "by"),
+                f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above",
+            )
         if isinstance(stage, Train):
             for problem in check_args(stage.method, stage.args):
                 yield (*at, "args"), problem
@@ -276,6 +282,14 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
             if stage.as_ in made | sets:
                 yield (*at, "as"), f"the name {stage.as_!r} is taken"
             made.add(stage.as_)
+
+
+def _tells_no_logprob(recipe: Recipe, i: int) -> str | None:
+    """A server that the last `generate` before stage `i` does not ask for log-probabilities; local models tell them."""
+    asked = next((stage for stage in reversed(recipe.stages[:i]) if isinstance(stage, Generate)), None)
+    if asked is None or asked.logprobs or asked.beam:
+        return None
+    return next((name for name in asked.models if isinstance(recipe.models.get(name), OpenAI | Vllm)), None)
 
 
 def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:

@@ -60,7 +60,10 @@ class Beam(Row, frozen=True):
 
 
 class Sampling(Row, frozen=True):
-    """How an answer is decoded; the names are vLLM's. `temperature=0` is greedy; `beam` overrides draws."""
+    """How an answer is decoded; the names are vLLM's. `temperature=0` is greedy; `beam` overrides draws.
+
+    `logprobs` asks a server for the log-probability of each answer; local models and beams tell it anyway.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -70,6 +73,7 @@ class Sampling(Row, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stop: list[str] = []
+    logprobs: bool = False
     max_tokens: int = 1024
     beam: Beam | None = None
 

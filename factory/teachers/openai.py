@@ -120,6 +120,8 @@ def wire_body(model: str, request: Request, vllm: bool = False) -> dict[str, Any
             "n": s.beam.width,
             "length_penalty": s.beam.length_penalty,
             "temperature": 0,
+            "logprobs": True,
+            "include_stop_str_in_output": True,  # in the log-probabilities, not in the text
         }
     body["temperature"] = s.temperature
     if request.n > 1:
@@ -128,6 +130,8 @@ def wire_body(model: str, request: Request, vllm: bool = False) -> dict[str, Any
         body["seed"] = request.seed
     if s.stop:
         body["stop"] = s.stop
+    if s.logprobs:
+        body["logprobs"] = True
     neutral = Sampling()
     for name in ("top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty"):
         # a vLLM server takes unset values from the model's generation_config: pin them all
@@ -224,6 +228,8 @@ def _choice(choice: dict[str, Any]) -> Choice | Failure:
     reasoning = message.get("reasoning") or message.get("reasoning_content") or None
     if finish == "content_filter":
         return Failure(reason="filtered_output", detail="the provider filtered the answer")
+    if finish in ("abort", "error"):  # vLLM's words when it is stopped or fails in mid-answer, with a status of 200
+        return Failure(reason="server_error", detail="the server broke the answer off")
     if message.get("tool_calls"):
         return Failure(reason="tool_calls", detail="the model called a tool")
     if not isinstance(text, str) or not text.strip():

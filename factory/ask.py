@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -229,7 +230,7 @@ class _Round:
     async def _settle(self, request: Request) -> Outcome:
         """One request to its end: an answer, or the failure that is left after the retries."""
         retrying = tenacity.AsyncRetrying(
-            stop=partial(_enough, self.model.entry.limits.max_attempts),
+            stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
             retry=tenacity.retry_if_result(partial(_again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
@@ -360,11 +361,14 @@ def _again(request: Request, outcome: Any) -> bool:
     return not (outcome.reason == "empty" and repeatable)
 
 
-def _enough(limit: int, state: tenacity.RetryCallState) -> bool:
-    """Every retryable failure has `max_attempts`, unless its rule says less."""
+def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) -> bool:
+    """Every retryable failure has `max_attempts`, unless its rule says less; `failed` counts one request's by reason."""
     outcome = state.outcome.result() if state.outcome else None
-    tries = RULES[outcome.reason].tries if isinstance(outcome, Failure) else None
-    return state.attempt_number >= min(limit, tries or limit)
+    if isinstance(outcome, Failure):
+        failed[outcome.reason] += 1
+        if failed[outcome.reason] >= (RULES[outcome.reason].tries or limit):
+            return True
+    return state.attempt_number >= limit
 
 
 def _part(request: Request, first: int, count: int) -> Request:

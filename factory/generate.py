@@ -78,6 +78,7 @@ class Generate(Knobs):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stop: list[str] = []
+    logprobs: bool = False
     max_tokens: int = Field(1024, gt=0)
     beam: BeamKnobs | None = None
     response_format: ResponseFormat = None

@@ -58,7 +58,7 @@ def answer_keys(request: Request) -> list[str]:
     """
     s = request.sampling
     neutral = [s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
-    how: list[Any] = [neutral, s.stop]
+    how: list[Any] = [neutral, s.stop, "logprobs"] if s.logprobs else [neutral, s.stop]
     if s.beam is not None:
         how = ["beam", s.beam.width, s.beam.length_penalty, s.max_tokens, s.stop]
     if s.response_format is not None:

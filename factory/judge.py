@@ -11,7 +11,6 @@ from factory.generate import draw_seed
 from factory.knobs import Knobs
 from factory.rows import Choice, Failure, Request, Sample, Sampling, Verdict
 from factory.rubric import Rubric, read_score, render
-from factory.teachers.openai import OpenAI
 
 VERSION = 1
 
@@ -42,7 +41,7 @@ async def judge(
 ) -> tuple[Tally, Iterator[Sample]]:
     """Ask for all scores, then give the samples back in order, scored or set aside with the reason."""
     sampling = knobs.sampling()
-    unseeded = sampling.temperature == 0 or isinstance(model.entry, OpenAI)
+    unseeded = sampling.temperature == 0 or not model.capabilities.seed
 
     def requests() -> Iterator[Request]:
         for sample in open_samples():

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from factory.ask import Model
 from factory.errors import RecipeError
 from factory.teachers import ModelEntry
 from factory.teachers.reference import Reference
 from factory.teachers.transformers import Transformers
+from factory.teachers.vllm import Vllm
 from factory.weights import Weights, materialise_in_child
 
 
@@ -46,6 +48,11 @@ class Models:
         if isinstance(entry, Reference):
             raise RecipeError(f"models.{name}: ground truth can be used by `generate` only")
         return Model(name, entry, self.identity(name), entry.open(self.runs), entry.abilities(self.runs))
+
+    def served(self, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """For models that vLLM serves: the servers that have answered as them, in this run or an earlier one."""
+        entries = {name: self.entry(name) for name in names}
+        return {name: entry.served(self.runs) for name, entry in entries.items() if isinstance(entry, Vllm)}
 
     # -- what filters may need (the `Kit` of filters) ------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest,
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
+from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
 from factory.weights import Weights
 
@@ -94,6 +95,7 @@ class Work:
     def begin(self) -> None:
         """Prompts in, and what is odd about them said before anything is sent."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        stop_orphans(self.runs / "servers")
         for line in lint(self.prompts):
             say(f"prompts: {line}")
         for stage in self.recipe.stages:
@@ -203,6 +205,8 @@ class Work:
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)))
+        if "requests" in facts and (servers := self.models.served(self._asked(step))):
+            facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)
         return out.finish(facts, planned)
 

@@ -27,6 +27,7 @@ from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
 from factory.teachers.replay import Replay
+from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path
 from factory.yamlfile import Path_, Place
@@ -269,6 +270,11 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
                 yield (*at, "from"), f"there is no prompt list or earlier stage {name!r}; {_nearest(name, sets | made)}"
         if isinstance(stage, Generate) and stage.until and not _next_is_filter(recipe, i):
             yield (*at, "until"), "until needs a filter right behind this stage: it says which answers are accepted"
+        if isinstance(stage, Choose) and stage.by == "logprob" and (silent := _tells_no_logprob(recipe, i)):
+            yield (
+                (*at, "by"),
+                f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above",
+            )
         if isinstance(stage, Train):
             for problem in check_args(stage.method, stage.args):
                 yield (*at, "args"), problem
@@ -283,6 +289,14 @@ def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
 
 def _next_is_filter(recipe: Recipe, i: int) -> bool:
     return i + 1 < len(recipe.stages) and isinstance(recipe.stages[i + 1], Curate)
+
+
+def _tells_no_logprob(recipe: Recipe, i: int) -> str | None:
+    """A server that the last `generate` before stage `i` does not ask for log-probabilities; local models tell them."""
+    asked = next((stage for stage in reversed(recipe.stages[:i]) if isinstance(stage, Generate)), None)
+    if asked is None or asked.logprobs or asked.beam:
+        return None
+    return next((name for name in asked.models if isinstance(recipe.models.get(name), Endpoint | Vllm)), None)
 
 
 def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:

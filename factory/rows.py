@@ -64,6 +64,7 @@ class Sampling(Row, frozen=True):
     """How an answer is decoded; the names are vLLM's. `temperature=0` is greedy; `beam` overrides draws.
 
     `response_format` is the wire's own: `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": ...}`.
+    `logprobs` asks a server for the log-probability of each answer; local models and beams tell it anyway.
     """
 
     temperature: float = 1.0
@@ -74,6 +75,7 @@ class Sampling(Row, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stop: list[str] = []
+    logprobs: bool = False
     max_tokens: int = 1024
     beam: Beam | None = None
     response_format: dict[str, Any] | None = None

@@ -114,7 +114,10 @@ def materialise_in_child(weights: Weights, cache: Path) -> Path:
     """The same from the parent, which must stay free of torch."""
     if is_path(weights.model) and weights.layers is None and located(weights).is_dir():
         return located(weights)
-    command = [sys.executable, "-m", "factory.weights", weights.model_dump_json(), str(cache)]
+    plain = weights.model_dump_json(
+        include=set(Weights.model_fields)
+    )  # a model entry has fields of its own beside these
+    command = [sys.executable, "-m", "factory.weights", plain, str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EngineError(f"cannot prepare the weights of {weights.model}: {done.stderr.strip().splitlines()[-1:]}")

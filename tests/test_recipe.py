@@ -57,6 +57,7 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
         ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: budget, models, name, prompts, seed, stages"),
         ("model: teacher", "model: techer", "r.yaml:8: there is no model 'techer'; did you mean 'teacher'?"),
         ("[base, student]", "[base, studend]", "r.yaml:11: there is no model 'studend'; did you mean 'student'?"),
+        ("filter: [finished, {words: {min: 2}}]", "choose: {best: 1, by: logprob}", "r.yaml:9: models.teacher tells no log-probability; set logprobs: true in the generate stage above"),
         ("n: 2", "n: two", "r.yaml:8: stages.0.generate.n: Input should be a valid integer"),
         ("n: 2", "n: 2, beam: {width: 4}", "r.yaml:8: stages.0.generate: beam search draws nothing at random: remove n"),
         ("n: 2", "from: nowhere", "r.yaml:8: there is no prompt list or earlier stage 'nowhere'"),

@@ -47,6 +47,8 @@ class Capabilities(Knobs):
         wanted = sampling.response_format["type"] if sampling.response_format else None
         if wanted and self.structured is not None and wanted not in self.structured:
             return f"it has no response_format {wanted}"
+        if sampling.logprobs and self.logprobs is False:
+            return "it tells no log-probabilities"
         if self.keys is not None:
             neutral = Sampling()
             unknown = [k for k in SAMPLING_KEYS if getattr(sampling, k) != getattr(neutral, k) and k not in self.keys]

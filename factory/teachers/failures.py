@@ -58,7 +58,7 @@ RULES: dict[Reason, Rule] = {
     "gateway_timeout": Rule("retry", billed=True),
     "transport": Rule("retry", billed=True),
     "server_error": Rule("retry", billed=True),
-    "engine_died": Rule("retry"),
+    "engine_died": Rule("retry", tries=2),
     "conflict": Rule("retry"),
     "misread_request": Rule("retry"),
     "html_page": Rule("retry", error=OutageError),

@@ -92,12 +92,16 @@ def wire_body(
             "n": s.beam.width,
             "length_penalty": s.beam.length_penalty,
             "temperature": 0,
+            "logprobs": True,
+            "include_stop_str_in_output": True,  # in the log-probabilities, not in the text
         }
     body["temperature"] = s.temperature
     if request.n > 1 and known.n is not False:
         body["n"] = request.n
     if request.seed is not None and known.seed is not False:
         body["seed"] = request.seed
+    if s.logprobs:
+        body["logprobs"] = True
     neutral = Sampling()
     for name in SAMPLING_KEYS:
         # a vLLM server takes unset values from the model's generation_config: pin them all
@@ -172,6 +176,8 @@ def _choice(choice: dict[str, Any], field: str | None) -> Choice | Failure:
     finish = ENDED.get(finish, finish) if isinstance(finish, str) and finish else "unknown"
     if finish == "content_filter":
         return Failure(reason="filtered_output", detail="the provider filtered the answer")
+    if finish in ("abort", "error"):  # vLLM's words when it is stopped or fails in mid-answer, with a status of 200
+        return Failure(reason="server_error", detail="the server broke the answer off")
     if message.get("tool_calls") or message.get("function_call") or finish in ("tool_calls", "function_call"):
         return Failure(reason="tool_calls", detail="the model called a tool")
     text, thought = _content(message.get("content"))

@@ -1,168 +1,273 @@
-"""A vLLM server that the factory starts, waits for, speaks to like any API, and stops; or one that runs already.
+"""vLLM as a teacher: a server that the factory starts, waits for, speaks to like any API, and stops; or running ones.
 
 vLLM lives in an environment of its own (its pins fight TRL's): `python:` names that environment's interpreter. The server
 starts at the first request that has no stored answer and is stopped after the stage, so its memory is surely free again.
+When its engine dies it is started anew, and the requests that were in flight are sent once more, one at a time: the one
+that kills it again is the culprit, and the others are not lost with it.
 """
 
 import asyncio
-import os
-import signal
-import socket
+import json
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
-from pydantic import Field
+import msgspec
+from pydantic import Field, field_validator
 
-from factory.errors import EngineError
-from factory.rows import Failure, Outcome, Request
+from factory.errors import EngineError, RecipeError
+from factory.progress import say
+from factory.rows import Beam, Failure, Outcome, Request, digest
 from factory.teachers.capabilities import VLLM, Capabilities
-from factory.teachers.entry import Entry
+from factory.teachers.entry import BaseUrl, Entry
 from factory.teachers.openai import OpenAITeacher, read_chat
-from factory.weights import Weights, fingerprint
+from factory.teachers.vllm_server import SERVED_NAME, Server, describe, remember, remembered
+from factory.weights import Weights, fingerprint, is_path, materialise_in_child
 
-START_LIMIT_S = 900.0
-SERVED_NAME = "teacher"
-
-# `vllm serve` in a child that the kernel ends with its parent, however that ends (Linux); the new session lets us
-# stop the server with all its engine processes at once.
-LAUNCHER = """
-import ctypes, os, runpy, signal, sys
-os.setsid()
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-sys.argv = ["vllm", *sys.argv[1:]]
-runpy.run_module("vllm.entrypoints.cli.main", run_name="__main__")
-"""
+MAX_DEATHS = 3
+"""Deaths in a row without a single answer in between after which the model, not a request, is at fault."""
+REST_S = 10.0
+"""How long one of several running servers gets no requests after one has failed there, as long as others answer."""
+OURS = {"host", "port", "served_model_name", "model", "dtype", "revision", "uds", "headless"}
+DEAD_OR_ALIVE = {"outage", "transport", "timeout", "server_error", "overloaded"}
+"""Failures after which a server of ours is asked for its health."""
+LEAST_LOGPROBS = 20  # vLLM's own default for --max-logprobs
 
 
 class Vllm(Weights, Entry):
-    """`{type: vllm, model}`; with `base_url` it speaks to a running server, else it starts one with `args` as flags."""
+    """`{type: vllm, model}`: starts a server with `args` as its flags; `{type: vllm, model, base_url}` uses running ones.
+
+    `base_url` may be a list: requests go to the least busy server. `start_s` is how many seconds loading may take.
+    """
 
     type: Literal["vllm"] = "vllm"
     python: str | None = None
-    base_url: str | None = None
+    base_url: BaseUrl | Annotated[list[BaseUrl], Field(min_length=1)] | None = None
     args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    start_s: float = Field(900.0, gt=0)
 
-    def identity(self, runs: Path) -> str:
-        return f"weights:{fingerprint(self, runs / 'weights')}"
+    @field_validator("args")
+    @classmethod
+    def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        plain = {name.lstrip("-").replace("-", "_"): value for name, value in args.items()}
+        if taken := OURS & plain.keys():
+            raise ValueError(
+                f"args.{min(taken)} is set by the factory; remove it (dtype and revision stand beside model:)"
+            )
+        return plain
 
     def abilities(self, runs: Path) -> Capabilities:
         return VLLM
 
     def urls(self) -> list[str]:
-        return [self.base_url] if self.base_url else []
+        return [self.base_url] if isinstance(self.base_url, str) else self.base_url or []
+
+    def identity(self, runs: Path) -> str:
+        return f"weights:{fingerprint(self, runs / 'weights')}"
 
     def open(self, runs: Path) -> "VllmTeacher":
-        return VllmTeacher(self)
+        return VllmTeacher(self, runs)
+
+    def name(self, runs: Path) -> str:
+        """Under which name `runs/servers/` keeps what belongs to this model."""
+        return f"{Path(self.model).name}-{fingerprint(self, runs / 'weights')[:8]}"
+
+    def served(self, runs: Path) -> list[dict[str, Any]]:
+        """The servers that have answered as this model so far: vLLM's version, flags, longest context."""
+        return remembered(runs / "servers", self.name(runs))
+
+    def flags(self, folder: bool, beam: Beam | None) -> list[str]:
+        """The flags of `vllm serve`; `folder` is whether it is given a plain folder."""
+        known: dict[str, Any] = {"enable_prefix_caching": True, "disable_uvicorn_access_log": True}
+        if self.dtype != "auto":
+            known["dtype"] = self.dtype
+        if self.revision and not folder:
+            known["revision"] = self.revision
+        if beam is not None:  # it looks at twice as many tokens per step as there are beams
+            known["max_logprobs"] = max(LEAST_LOGPROBS, 2 * beam.width)
+        flags: list[str] = []
+        for name, value in (known | self.args).items():
+            flag = name.replace("_", "-")
+            flags += (
+                [f"--{flag}"] if value is True else [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+            )
+        return flags
+
+
+class _Place:
+    """A server that answers: ours, or one that ran before."""
+
+    def __init__(self, client: OpenAITeacher, server: Server | None) -> None:
+        self.client, self.server = client, server
+        self.busy = 0
+        self.sent = 0
+        self.rests_until = 0.0
+
+    async def close(self) -> None:
+        await self.client.close()
+        if self.server is not None:
+            await self.server.stop()
 
 
 class VllmTeacher:
-    """A launcher around `OpenAITeacher`: the same wire, with every sampling field pinned and seeds honoured."""
+    """Speaks to its servers through `OpenAITeacher`: the same wire, with every sampling field pinned, seeds honoured."""
 
-    def __init__(self, entry: Vllm) -> None:
-        self.entry = entry
+    def __init__(self, entry: Vllm, runs: Path) -> None:
+        self.entry, self.runs = entry, runs
         self.concurrency = entry.limits.max_concurrency
-        self._client: OpenAITeacher | None = None
-        self._server: asyncio.subprocess.Process | None = None
-        self._log: IO[bytes] | None = None
-        self._starting = asyncio.Lock()
+        self._places: list[_Place] = []
+        self._opening = asyncio.Lock()
+        self._broken: EngineError | RecipeError | None = None
+        self._suspects: set[str] = set()  # requests that were in flight when the engine died
+        self._alone = asyncio.Lock()
+        self._deaths = 0  # since the last answer
 
     async def send(self, request: Request) -> bytes | Failure:
-        async with self._starting:
-            if self._client is None:
-                self._client = await self._connect()
-        return await self._client.send(request)
+        if self._suspects and _mark(request) in self._suspects:
+            async with self._alone:
+                return await self._send(request)
+        return await self._send(request)
 
     def read(self, request: Request, body: bytes) -> Outcome:
-        return read_chat(body, request.n)
+        return read_chat(body, request.n, reasoning=VLLM.reasoning)
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
-        if self._server is not None and self._server.returncode is None:
-            _signal_group(self._server.pid, signal.SIGTERM)
-            try:
-                await asyncio.wait_for(self._server.wait(), 30)
-            except TimeoutError:
-                _signal_group(self._server.pid, signal.SIGKILL)
-                await self._server.wait()
-        self._server = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        places, self._places, self._broken = self._places, [], None
+        await asyncio.gather(*(place.close() for place in places))
 
-    async def _connect(self) -> OpenAITeacher:
-        limits = self.entry.limits
-        if self.entry.base_url is not None:
-            return OpenAITeacher(
-                self.entry.model, self.entry.base_url, None, limits.timeout_s, self.concurrency, vllm=True
-            )
-        port = _free_port()
-        await self._start(port)
-        url = f"http://127.0.0.1:{port}"
-        await self._until_healthy(url)
-        return OpenAITeacher(SERVED_NAME, f"{url}/v1", None, limits.timeout_s, self.concurrency, vllm=True)
-
-    async def _start(self, port: int) -> None:
-        python = self.entry.python or sys.executable
-        flags: list[str] = []
-        for name, value in self.entry.args.items():
-            flag = "--" + name.replace("_", "-")
-            flags += [flag] if value is True else [] if value is False else [flag, str(value)]
-        if self.entry.dtype != "auto":
-            flags += ["--dtype", self.entry.dtype]
-        if self.entry.revision:
-            flags += ["--revision", self.entry.revision]
-        command = [
-            python, "-c", LAUNCHER, "serve", self.entry.model, "--host", "127.0.0.1", "--port", str(port),
-            "--served-model-name", SERVED_NAME, *flags,
-        ]  # fmt: skip
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
-        environment = {k: v for k, v in os.environ.items() if not k.upper().endswith(("_API_KEY", "_TOKEN", "_SECRET"))}
+    async def _send(self, request: Request) -> bytes | Failure:
+        place = await self._place(request.sampling.beam)
+        place.busy += 1
+        place.sent += 1
         try:
-            self._server = await asyncio.create_subprocess_exec(
-                *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=self._log, stderr=self._log
-            )
-        except OSError as e:
-            raise EngineError(
-                f"cannot start vLLM with {python}: {e.strerror}; set `python:` to the interpreter of its environment"
-            ) from None
+            answer = await place.client.send(request)
+        finally:
+            place.busy -= 1
+        if isinstance(answer, Failure):
+            return await self._failed(place, request, answer)
+        self._deaths = 0
+        if self._suspects:
+            self._suspects.discard(_mark(request))
+        told = request.sampling.logprobs or request.sampling.beam is not None
+        return condensed(answer, request.sampling.beam) if told else answer
 
-    async def _until_healthy(self, url: str) -> None:
-        server = self._server
-        assert server is not None
-        async with httpx.AsyncClient(timeout=5) as client:
-            for _ in range(int(START_LIMIT_S * 2)):
-                if server.returncode is not None:
-                    raise EngineError(f"vLLM ended while starting (exit {server.returncode}): {self._log_tail()}")
+    async def _place(self, beam: Beam | None) -> _Place:
+        """The server for the next request; starts ours if it does not run."""
+        async with self._opening:
+            if self._broken is not None:
+                raise self._broken  # many wait here: the first one's attempt is enough
+            if not self._places:
                 try:
-                    if (await client.get(f"{url}/health")).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass  # not listening yet
-                await asyncio.sleep(0.5)
-        raise EngineError(f"vLLM did not become healthy in {START_LIMIT_S:.0f} s: {self._log_tail()}")
+                    self._places = await self._open(beam)
+                except (EngineError, RecipeError) as e:
+                    self._broken = e
+                    raise
+        now = asyncio.get_running_loop().time()
+        return min(self._places, key=lambda p: (p.rests_until > now, p.busy, p.sent))
 
-    def _log_tail(self) -> str:
-        assert self._log is not None
-        self._log.seek(0)
-        lines = [line for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line or "error:" in line]
-        return " | ".join((errors or lines)[-3:]) or "it printed nothing"
+    async def _open(self, beam: Beam | None) -> list[_Place]:
+        entry, folder, name = self.entry, self.runs / "servers", self.entry.name(self.runs)
+        if urls := entry.urls():
+            for url in urls:
+                await _note(url, folder, name)
+            return [_Place(self._client(entry.model, url), None) for url in urls]
+        plain = is_path(entry.model) or entry.layers is not None
+        model = entry.model
+        if plain:
+            model = str(await asyncio.to_thread(materialise_in_child, entry, self.runs / "weights"))
+        if beam is not None and (problem := beam_problem(Path(model))):
+            raise RecipeError(f"{entry.model}: {problem}")
+        flags = entry.flags(plain, beam)
+        server = Server(entry.python or sys.executable, model, flags, folder, name, entry.start_s)
+        say(f"  starting vLLM with {entry.model} (its log: {server.log})")
+        remember(folder, name, await server.start())
+        return [_Place(self._client(SERVED_NAME, f"{server.url}/v1"), server)]
+
+    def _client(self, model: str, url: str) -> OpenAITeacher:
+        return OpenAITeacher(model, url, None, self.entry.limits.timeout_s, self.concurrency, vllm=True)
+
+    async def _failed(self, place: _Place, request: Request, failure: Failure) -> Failure:
+        """What a failed request really means: too wide a beam, a server to be spared for a while, or a dead engine."""
+        beam = request.sampling.beam
+        if beam is not None and failure.reason == "bad_request" and "logprobs" in failure.detail:
+            raise RecipeError(
+                f"{place.client.base_url} does not search beams of width {beam.width}: {failure.detail}; "
+                f"start it with --max-logprobs {2 * beam.width}, or make the beam narrower"
+            )
+        if failure.reason not in DEAD_OR_ALIVE:
+            return failure
+        if place.server is None:
+            place.rests_until = asyncio.get_running_loop().time() + REST_S
+            return failure
+        if not await place.server.dead():
+            return failure
+        self._suspects.add(_mark(request))
+        words = place.server.last_words()
+        await self._bury(place, words)
+        return Failure(reason="engine_died", detail=words)
+
+    async def _bury(self, place: _Place, words: str) -> None:
+        """Clear a dead server away, once, so that the next request starts another."""
+        async with self._opening:
+            if place not in self._places:
+                return
+            self._places.remove(place)
+            self._deaths += 1
+            say(f"vLLM died: {words}")
+            await place.close()
+            if self._deaths > MAX_DEATHS:
+                self._broken = EngineError(f"vLLM died {self._deaths} times without an answer in between: {words}")
 
 
-def _signal_group(pid: int, which: int) -> None:
-    with suppress(ProcessLookupError):  # it may have ended by itself meanwhile
-        os.killpg(pid, which)
+def _mark(request: Request) -> str:
+    return digest(request.messages, request.draw, request.seed)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: Any = probe.getsockname()[1]
-    return int(port)
+async def _note(url: str, folder: Path, name: str) -> None:
+    """Remember a running server, if it tells of itself; whether it answers at all is for the requests to see."""
+    async with httpx.AsyncClient(timeout=5) as client:
+        try:
+            told = await describe(client, url.removesuffix("/v1"))
+        except (httpx.HTTPError, ValueError, LookupError):
+            return
+    remember(folder, name, {**told, "base_url": url})
+
+
+def condensed(body: bytes, beam: Beam | None) -> bytes:
+    """A body with the log-probability and the number of tokens of each answer in place of a record per token.
+
+    Beams come in the order of our own score, log-probability / tokens ** length_penalty: vLLM counts the prompt's tokens
+    as well, so that its order hardly heeds the length. A body of another shape is left as it is.
+    """
+    try:
+        data = msgspec.json.decode(body)
+        for choice in data["choices"]:
+            tokens = (choice.pop("logprobs") or {}).get("content") or []
+            if tokens:
+                choice |= {"logprob": sum(t["logprob"] for t in tokens), "tokens": len(tokens)}
+        if beam is not None:
+            data["choices"].sort(key=lambda c: -c["logprob"] / c["tokens"] ** beam.length_penalty)
+            for rank, choice in enumerate(data["choices"]):
+                choice["index"] = rank
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        return body
+    return msgspec.json.encode(data)
+
+
+def beam_problem(folder: Path) -> str | None:
+    """Why vLLM's beams would never end for a model, if so: they end at the tokenizer's own end token and nothing else."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    end, template = settings.get("eos_token"), settings.get("chat_template")
+    end = end.get("content") if isinstance(end, dict) else end
+    beside = folder / "chat_template.jinja"
+    template = beside.read_text() if beside.is_file() else template
+    if not isinstance(end, str) or not isinstance(template, str) or end in template or "eos_token" in template:
+        return None
+    return (
+        f"vLLM's beam search ends at {end!r} alone, and this model's chat template ends its turns otherwise: every beam "
+        "would run to max_tokens; use `type: transformers`, or set eos_token in the folder's tokenizer_config.json"
+    )

@@ -8,7 +8,9 @@ The map, in the order that data flows (a file imports only from files above it):
     weights                 where local weights come from
     journal                 what was paid for
     teachers/               seam 2: who answers
-    budget, ask             the wall; the only caller of teachers
+    budget, retry           the wall; what is sent again
+    batch                   batch endpoints: submit, leave, come back, collect
+    ask                     the only caller of teachers
     generate                stage: draws and beams
     filters/, curate        seam 3: what to keep; stage `filter`
     rubric, judge           stage: scores by a model

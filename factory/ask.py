@@ -4,23 +4,24 @@ import asyncio
 import itertools
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from typing import Any
 
 import msgspec
 import tenacity
 
+from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, Interrupted, OutageError, TooManyFailures
 from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
+from factory.retry import again, tries
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
-from factory.teachers import Teacher
+from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.entry import Entry
 from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS
 
@@ -70,11 +71,14 @@ class Tally:
 class Desk:
     """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
 
-    `max_failed` is the share of draws that may end without an answer.
+    `max_failed` is the share of draws that may end without an answer. `wait`: stay until open batches are done; the
+    first time in seconds between two looks at them.
     """
 
-    def __init__(self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02) -> None:
-        self.journal, self.wall, self.run, self.max_failed = journal, wall, run, max_failed
+    def __init__(
+        self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02, wait: float | None = None
+    ) -> None:
+        self.journal, self.wall, self.run, self.max_failed, self.wait = journal, wall, run, max_failed, wait
 
     async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
@@ -84,6 +88,9 @@ class Desk:
         self._read_leftovers(model)
         with bar(label, total) as advance:
             asking = _Round(self, model, advance, total)
+            if endpoint := batch_endpoint(model.entry, model.teacher):
+                return await self._ask_in_batches(asking, requests, endpoint)
+            say_left_open(self.journal, model.identity, model.name)
             missing = self._missing(requests, asking)
             watch = asyncio.create_task(asking.pace.watch())
             try:
@@ -112,16 +119,29 @@ class Desk:
                         outcomes.append(tally.failures.get(key) or Failure(reason="missing_choice"))
                 yield request, outcomes
 
-    def _missing(self, requests: Iterable[Request], counter: "_Round") -> Iterator[Request]:
-        """The requests, or the parts of them, whose draws are not stored."""
+    async def _ask_in_batches(self, asking: "_Round", requests: Iterable[Request], endpoint: BatchEndpoint) -> Tally:
+        """Collect what open batches have answered, and submit what is missing; Waiting while one is open."""
+        model, tally = asking.model, asking.tally
+        async with Batches(self.journal, self.wall, self.run, model, endpoint, self.wait) as batches:
+            await batches.collect()
+            tally.failures = batches.failures
+            await batches.submit(self._missing(requests, asking, batches.skip), check=asking.check_failures)
+        tally.sent, tally.usage, tally.usd = batches.sent, batches.usage, batches.usd
+        tally.reused = max(tally.reused - batches.draws, 0)
+        return tally
+
+    def _missing(
+        self, requests: Iterable[Request], counter: "_Round", skip: Callable[[Request, str], bool] | None = None
+    ) -> Iterator[Request]:
+        """The requests, or the parts of them, whose draws are not stored and not to be skipped."""
         for chunk in _chunks(requests, LOOKUP):
             stored = self.journal.answers(key for request in chunk for key in answer_keys(request))
             for request in chunk:
                 limit = request.sampling.max_tokens
-                lacking = [
-                    i for i, key in enumerate(answer_keys(request)) if key not in stored or not stored[key].valid(limit)
-                ]
+                keys = answer_keys(request)
+                lacking = [i for i, key in enumerate(keys) if key not in stored or not stored[key].valid(limit)]
                 counter.reuse(request.n - len(lacking))
+                lacking = [i for i in lacking if skip is None or not skip(request, keys[i])]
                 if lacking and request.sampling.beam is not None:
                     yield request  # one joint answer: all ranks or none
                 elif lacking:
@@ -130,12 +150,12 @@ class Desk:
 
     def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
-        for attempt, body in self.journal.unread(model.identity):
+        for attempt, body, batched in self.journal.unread(model.identity):
             request = Request(identity=model.identity, messages=[], sampling=Sampling(), n=10_000)
             outcome = model.teacher.read(request, body)
             answers = [(c.finish, c.tokens) for c in outcome.choices] if isinstance(outcome, Reply) else []
             usage = outcome.usage if isinstance(outcome, Reply) else Usage()
-            self.journal.file(attempt, answers, usage, _usd(model.entry, usage)).result()
+            self.journal.file(attempt, answers, usage, _usd(model.entry, usage, batched)).result()
 
 
 class _Round:
@@ -187,11 +207,16 @@ class _Round:
         failure = outcome if isinstance(outcome, Failure) else Failure(reason="missing_choice", detail="fewer than n")
         self.tally.failures.update(dict.fromkeys(lacking, failure))
         self.advance(len(lacking))
+        self.check_failures()
+
+    def check_failures(self) -> None:
+        """TooManyFailures where so many draws have failed that the run is not worth going on."""
         failed, limit = len(self.tally.failures), self.desk.max_failed
         if failed >= DOOMED_AFTER and failed > limit * self.tally.planned:
+            last = next(reversed(self.tally.failures.values()))
             raise TooManyFailures(
                 f"models.{self.model.name}: {failed} of {self.tally.planned} draws have no answer, more than "
-                f"--max-failed {limit:g}; the last one: {failure.reason}: {failure.detail}"
+                f"--max-failed {limit:g}; the last one: {last.reason}: {last.detail}"
             )
 
     async def _settle(self, request: Request) -> Outcome:
@@ -199,7 +224,7 @@ class _Round:
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, self.model.entry.limits.max_attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            retry=tenacity.retry_if_result(partial(_again, request)),
+            retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         outcome: Outcome = await retrying(self._attempt, request)
@@ -284,7 +309,7 @@ class _Round:
         usd = entry.price.usd(outcome.usage) if entry.price else Decimal(0)
         desk.journal.file(attempt, [(c.finish, c.tokens) for c in outcome.choices], outcome.usage, str(usd))
         desk.wall.settle(hold, outcome.usage, usd)
-        self.tally.usage = _sum(self.tally.usage, outcome.usage)
+        self.tally.usage = self.tally.usage.plus(outcome.usage)
         self.tally.usd += usd
         return outcome
 
@@ -319,19 +344,8 @@ def _signals(asking: _Round) -> Iterator[None]:
             signal.signal(which, handler)
 
 
-def _again(request: Request, outcome: Any) -> bool:
-    """Whether to send once more. The same seed, or greedy decoding, would give the same empty answer again."""
-    if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "retry":
-        return False
-    repeatable = request.seed is not None or request.sampling.temperature == 0 or request.sampling.beam is not None
-    return not (outcome.reason == "empty" and repeatable)
-
-
 def _enough(limit: int, state: tenacity.RetryCallState) -> bool:
-    """Every retryable fault has `max_attempts`; an empty answer is paid for each time and tried once more only."""
-    outcome = state.outcome.result() if state.outcome else None
-    empty = isinstance(outcome, Failure) and outcome.reason == "empty"
-    return state.attempt_number >= (min(limit, 2) if empty else limit)
+    return state.attempt_number >= tries(limit, state.outcome.result() if state.outcome else None)
 
 
 def _whole(request: Request) -> Request:
@@ -352,12 +366,9 @@ def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
     return picked
 
 
-def _usd(entry: Entry, usage: Usage) -> str:
-    return str(entry.price.usd(usage) if entry.price else 0)
-
-
-def _sum(a: Usage, b: Usage) -> Usage:
-    return Usage(**{f: getattr(a, f) + getattr(b, f) for f in Usage.__struct_fields__})
+def _usd(entry: Entry, usage: Usage, batched: bool) -> str:
+    price = entry.price.in_batch() if entry.price and batched else entry.price
+    return str(price.usd(usage) if price else 0)
 
 
 def _chunks(items: Iterable[Request], size: int) -> Iterator[list[Request]]:

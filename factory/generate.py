@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from factory.ask import Desk, Model, Tally, runs
 from factory.asking import AskKnob, Plain
+from factory.errors import Waiting
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
@@ -220,7 +221,7 @@ class Teaching:
             chunk = prompts[done : done + self._chunk(done, accepted, len(prompts))]
             done += len(chunk)
             shares = {name: [p for p in chunk if name in self._answering(p)] for name in self.knobs.models}
-            answers = {name: await self._answers(name, share) for name, share in shares.items() if share}
+            answers = await self._all_answers({name: share for name, share in shares.items() if share})
             for prompt in chunk:
                 for sample in (sample for name in self._answering(prompt) for sample in next(answers[name])):
                     kept = self._within(sample, accepted)
@@ -249,6 +250,18 @@ class Teaching:
             if point < 0:
                 return [name]
         return [name]  # only rounding leads here
+
+    async def _all_answers(self, shares: dict[str, list[Prompt]]) -> dict[str, Iterator[list[Sample]]]:
+        """Ask each model its share. One that waits for a batch keeps the others from nothing: theirs is submitted too."""
+        answers, waiting = {}, []
+        for name, share in shares.items():
+            try:
+                answers[name] = await self._answers(name, share)
+            except Waiting as e:
+                waiting.append(str(e))
+        if waiting:
+            raise Waiting("\n".join(waiting))
+        return answers
 
     async def _answers(self, name: str, prompts: list[Prompt]) -> Iterator[list[Sample]]:
         """Ask one model; the samples of each prompt in turn."""

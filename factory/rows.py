@@ -99,6 +99,9 @@ class Usage(Row, frozen=True):
     reasoning_tokens: int = 0
     seconds: float = 0.0
 
+    def plus(self, other: "Usage") -> "Usage":
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
 
 class Choice(Row, frozen=True):
     """One answer. `finish` is the server's own word: only `stop` means that the model ended by itself."""
@@ -120,7 +123,7 @@ class Reply(Row, frozen=True):
 
 Reason = Literal[
     "auth", "bad_json", "bad_request", "budget", "context_overflow", "empty", "engine_died", "filtered_output",
-    "missing_choice", "model_not_found", "no_stored_answer", "outage", "quota", "rate_limited", "reasoning_only",
+    "missing_choice", "model_not_found", "no_stored_answer", "not_answered", "outage", "quota", "rate_limited", "reasoning_only",
     "refused_input", "server_error", "timeout", "too_large", "tool_calls", "transport", "unknown_finish", "wrong_model",
 ]  # fmt: skip
 
@@ -135,6 +138,17 @@ class Failure(Row, frozen=True):
 
 
 Outcome = Reply | Failure
+
+
+class Look(Row, frozen=True):
+    """What a look at a batch has found: so many requests answered; `ended` is the provider's word for how it ended.
+
+    `refused`: the provider ended it before any of its requests ran.
+    """
+
+    answered: int
+    ended: str | None = None
+    refused: Failure | None = None
 
 
 class Verdict(Row, frozen=True):

@@ -22,17 +22,23 @@ class Limits(Knobs):
 
 
 class Price(Knobs):
-    """US dollars per million tokens."""
+    """US dollars per million tokens; `batch` is the factor on all of them in a batch, for example 0.5."""
 
     input: Decimal
     output: Decimal
     cached: Decimal | None = None
+    batch: Decimal = Field(Decimal(1), ge=0)
 
     def usd(self, usage: Usage) -> Decimal:
         """What a request cost; cached prompt tokens are billed at `cached` where it is given."""
         cached = usage.cached_tokens if self.cached is not None else 0
         fresh = usage.prompt_tokens - cached
         return (self.input * fresh + (self.cached or 0) * cached + self.output * usage.completion_tokens) / MILLION
+
+    def in_batch(self) -> "Price":
+        """What the same tokens cost in a batch."""
+        prices = {name: price * self.batch for name, price in self if price is not None}
+        return self.model_copy(update=prices | {"batch": Decimal(1)})
 
 
 class Entry(Knobs):

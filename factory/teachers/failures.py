@@ -17,6 +17,7 @@ ACTIONS: dict[Reason, Literal["retry", "wait", "adapt", "set aside", "stop"]] = 
     "missing_choice": "retry",
     "model_not_found": "stop",
     "no_stored_answer": "set aside",
+    "not_answered": "retry",
     "outage": "retry",
     "quota": "stop",
     "rate_limited": "wait",

@@ -24,7 +24,10 @@ MAX_BODY_BYTES = 32 * 2**20
 
 
 class OpenAI(Entry):
-    """`{type: openai, model, base_url, api_key_env}`; a server on this machine needs no key."""
+    """`{type: openai, model, base_url, api_key_env}`; a server on this machine needs no key.
+
+    `batch: true` asks through the provider's batch endpoint; it is not part of what makes two answers the same.
+    """
 
     billed: ClassVar[bool] = True
 
@@ -32,6 +35,7 @@ class OpenAI(Entry):
     model: str
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    batch: bool = False
 
     @field_validator("base_url")
     @classmethod
@@ -77,7 +81,7 @@ class OpenAITeacher:
         if session is None:
             connector = aiohttp.TCPConnector(limit=self.concurrency)
             session = self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        body = msgspec.json.encode(wire_body(self.model, request, self.vllm))
+        body = msgspec.json.encode(self.body(request))
         url = f"{self.base_url}/chat/completions"
         try:
             async with session.post(url, data=body, headers=self._headers, allow_redirects=False) as response:
@@ -99,6 +103,9 @@ class OpenAITeacher:
         if response.status == 200:
             return raw
         return classify(response.status, response.headers, raw)
+
+    def body(self, request: Request) -> dict[str, Any]:
+        return wire_body(self.model, request, self.vllm)
 
     def read(self, request: Request, body: bytes) -> Outcome:
         return read_chat(body, request.n)

@@ -288,6 +288,8 @@ def bad(line: Row, kind: str) -> tuple[list[Row], list[Row]]:
             return [], [answered(line, {"error": {"message": "oops"}}, 500)]
         case "bad_json":
             return [answered(line, {"choices": 3})], []
+        case "filtered":
+            return [answered(line, chat(line["body"], finish="content_filter"))], []
         case "odd_line":
             return [{"custom_id": line["custom_id"], "response": {"status_code": "what"}}], []
         case _:
@@ -324,6 +326,24 @@ def test_a_failed_line_is_set_aside_or_tried_again_as_anywhere(
     server.outcome = everything
     assert factory(tmp_path, "--retry-failed") == DONE
     assert server.calls["submit"] == batches + 1
+
+
+def test_failed_draws_are_asked_again_once_each_time_it_is_wanted(tmp_path: Path, server: BatchServer) -> None:
+    def outcome(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
+        rows = [bad(line, "filtered" if asked([line]) == ["question 1"] else "") for line in lines]
+        return "completed", [o for output, _ in rows for o in output], []
+
+    server.outcome = outcome
+    write(tmp_path, server)
+    assert [factory(tmp_path), factory(tmp_path), factory(tmp_path)] == [LEFT, 3, 3]
+    shutil.rmtree(tmp_path / "runs/tiny")
+    assert factory(tmp_path) == 3  # it keeps its end, though its stage is made anew
+    for last, count in ((3, 2), (3, 3), (DONE, 4)):
+        if last == DONE:
+            server.outcome = everything
+        assert [factory(tmp_path, "--retry-failed"), factory(tmp_path, "--retry-failed")] == [LEFT, last]
+        assert server.calls["submit"] == count
+    assert len(train(tmp_path).splitlines()) == 10
 
 
 def test_a_line_that_failed_for_good_stays_so_while_others_are_tried_again(tmp_path: Path, server: BatchServer) -> None:

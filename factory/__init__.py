@@ -9,7 +9,8 @@ The map, in the order that data flows (a file imports only from files above it):
     weights                  where local weights come from
     journal                  what was paid for
     teachers/                seam 2: who answers
-    budget, pace, ask        the wall; how fast; the only caller of teachers
+    budget, pace, retry      the wall; how fast; what is sent again
+    batch, ask               batch endpoints; the only caller of teachers
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
     rubric, judge            stage: scores by a model

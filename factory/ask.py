@@ -5,23 +5,24 @@ import itertools
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from typing import Any
 
 import msgspec
 import tenacity
 
+from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, Interrupted, TooManyFailures
 from factory.journal import Journal, Stored, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
+from factory.retry import again, tries
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage, endings
-from factory.teachers import Teacher
+from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
 from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
@@ -74,14 +75,16 @@ class Desk:
     """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
 
     `max_failed` is the share of draws that may end without an answer. `retry_failed`: bodies that were stored but hold no
-    answer are asked for again.
+    answer are asked for again. `wait`: stay until open batches are done; the first time in seconds between two looks at
+    them.
     """
 
     def __init__(
-        self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02, retry_failed: bool = False
-    ) -> None:
+        self, journal: Journal, wall: Wall, run: str, max_failed: float = 0.02, retry_failed: bool = False,
+        wait: float | None = None,
+    ) -> None:  # fmt: skip
         self.journal, self.wall, self.run = journal, wall, run
-        self.max_failed, self.retry_failed = max_failed, retry_failed
+        self.max_failed, self.retry_failed, self.wait = max_failed, retry_failed, wait
 
     async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
@@ -91,6 +94,9 @@ class Desk:
         await self._read_leftovers(model)
         with bar(label, total) as advance:
             asking = _Round(self, model, advance, total)
+            if endpoint := batch_endpoint(model.entry, model.teacher):
+                return await self._ask_in_batches(asking, requests, endpoint)
+            say_left_open(self.journal, model.identity, model.name)
             missing = self._missing(requests, asking)
             watch = asyncio.create_task(asking.pace.watch())
             try:
@@ -119,22 +125,37 @@ class Desk:
                         outcomes.append(tally.failures.get(key) or Failure(reason="missing_choice"))
                 yield request, outcomes
 
+    async def _ask_in_batches(self, asking: "_Round", requests: Iterable[Request], endpoint: BatchEndpoint) -> Tally:
+        """Collect what open batches have answered, and submit what is missing; Waiting while one is open."""
+        model, tally = asking.model, asking.tally
+        async with Batches(self.journal, self.wall, self.run, model, endpoint, self.wait) as batches:
+            await batches.collect()
+            tally.failures = batches.failures
+            await batches.submit(self._missing(requests, asking, batches.skip), check=asking.check_failures)
+        tally.sent, tally.usage, tally.usd = batches.sent, batches.usage, batches.usd
+        tally.reused = max(tally.reused - batches.draws, 0)
+        return tally
+
     def _retried(self, stored: Stored) -> bool:
         """Whether a body that came but is no answer is to be asked for again."""
         return self.retry_failed and stored.finish in RULES
 
-    def _missing(self, requests: Iterable[Request], counter: "_Round") -> Iterator[Request]:
-        """The requests, or the parts of them, whose draws are not stored."""
+    def _missing(
+        self, requests: Iterable[Request], counter: "_Round", skip: Callable[[Request, str], bool] | None = None
+    ) -> Iterator[Request]:
+        """The requests, or the parts of them, whose draws are not stored and not to be skipped."""
         for chunk in _chunks(requests, LOOKUP):
             stored = self.journal.answers(key for request in chunk for key in answer_keys(request))
             for request in chunk:
                 limit = request.sampling.max_tokens
+                keys = answer_keys(request)
                 lacking = [
                     i
-                    for i, key in enumerate(answer_keys(request))
+                    for i, key in enumerate(keys)
                     if key not in stored or not stored[key].valid(limit) or self._retried(stored[key])
                 ]
                 counter.reuse(request.n - len(lacking))
+                lacking = [i for i in lacking if skip is None or not skip(request, keys[i])]
                 if lacking and request.sampling.beam is not None:
                     yield request  # one joint answer: all ranks or none
                 elif lacking:
@@ -143,12 +164,13 @@ class Desk:
 
     async def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
-        for attempt, body in self.journal.unread(model.identity):
+        for attempt, body, batched in self.journal.unread(model.identity):
             request = Request(identity=model.identity, messages=[], sampling=Sampling(), n=10_000)
             outcome = model.teacher.read(request, body)
             if isinstance(outcome, Reply):
                 ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
-                self.journal.file(attempt, ends, outcome.usage, _usd(model.entry, outcome.usage)).result()
+                usd = _usd(model.entry, outcome.usage, batched)
+                self.journal.file(attempt, ends, outcome.usage, usd).result()
             else:
                 await self.journal.fail(attempt, outcome, billed=True)
 
@@ -217,14 +239,19 @@ class _Round:
                 self._fail(_part(request, got, request.n - got), missing)
 
     def _fail(self, request: Request, failure: Failure) -> None:
-        """These draws have no answer; TooManyFailures when that makes the run pointless."""
+        """These draws have no answer."""
         self.tally.failures.update(dict.fromkeys(answer_keys(request), failure))
         self.advance(request.n)
+        self.check_failures()
+
+    def check_failures(self) -> None:
+        """TooManyFailures where so many draws have failed that the run is not worth going on."""
         failed, limit = len(self.tally.failures), self.desk.max_failed
         if failed >= DOOMED_AFTER and failed > limit * self.tally.planned:
+            last = next(reversed(self.tally.failures.values()))
             raise TooManyFailures(
                 f"models.{self.model.name}: {failed} of {self.tally.planned} draws have no answer, more than "
-                f"--max-failed {limit:g}; the last one: {failure.reason}: {failure.detail}"
+                f"--max-failed {limit:g}; the last one: {last.reason}: {last.detail}"
             )
 
     async def _settle(self, request: Request) -> Outcome:
@@ -232,7 +259,7 @@ class _Round:
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            retry=tenacity.retry_if_result(partial(_again, request)),
+            retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         outcome: Outcome = await retrying(self._attempt, request)
@@ -309,7 +336,7 @@ class _Round:
         await desk.journal.store(attempt, answer)
         outcome = model.teacher.read(_whole(request), answer)
         if isinstance(outcome, Failure):
-            ended = RULES[outcome.reason].billed and ACTIONS[outcome.reason] != "stop" and not _again(request, outcome)
+            ended = RULES[outcome.reason].billed and ACTIONS[outcome.reason] != "stop" and not again(request, outcome)
             await desk.journal.fail(attempt, outcome, True, endings(outcome, request.n) if ended else ())
             return outcome
         usage = outcome.usage
@@ -318,7 +345,7 @@ class _Round:
         usd = entry.price.usd(usage) if entry.price else Decimal(0)
         desk.journal.file(attempt, endings(outcome, len(outcome.choices) + len(outcome.failed)), usage, str(usd))
         desk.wall.settle(hold, usage, usd)
-        self.tally.usage = _sum(self.tally.usage, usage)
+        self.tally.usage = self.tally.usage.plus(usage)
         self.tally.usd += usd
         return outcome
 
@@ -353,20 +380,12 @@ def _signals(asking: _Round) -> Iterator[None]:
             signal.signal(which, handler)
 
 
-def _again(request: Request, outcome: Any) -> bool:
-    """Whether to send once more. The same seed, or greedy decoding, would give the same empty answer again."""
-    if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "retry":
-        return False
-    repeatable = request.seed is not None or request.sampling.temperature == 0 or request.sampling.beam is not None
-    return not (outcome.reason == "empty" and repeatable)
-
-
 def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) -> bool:
-    """Every retryable failure has `max_attempts`, unless its rule says less; `failed` counts one request's by reason."""
+    """Whether a request has been sent often enough; `failed` counts its failures by reason."""
     outcome = state.outcome.result() if state.outcome else None
     if isinstance(outcome, Failure):
         failed[outcome.reason] += 1
-        if failed[outcome.reason] >= (RULES[outcome.reason].tries or limit):
+        if failed[outcome.reason] >= tries(limit, outcome):
             return True
     return state.attempt_number >= limit
 
@@ -395,12 +414,9 @@ def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
     return picked
 
 
-def _usd(entry: Entry, usage: Usage) -> str:
-    return str(entry.price.usd(usage) if entry.price else 0)
-
-
-def _sum(a: Usage, b: Usage) -> Usage:
-    return Usage(**{f: getattr(a, f) + getattr(b, f) for f in Usage.__struct_fields__})
+def _usd(entry: Entry, usage: Usage, batched: bool) -> str:
+    price = entry.price.in_batch() if entry.price and batched else entry.price
+    return str(price.usd(usage) if price else 0)
 
 
 def _chunks(items: Iterable[Request], size: int) -> Iterator[list[Request]]:

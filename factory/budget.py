@@ -1,6 +1,7 @@
 """The wall: money, requests, tokens and hours of a run, reserved before each send so that it is never overshot."""
 
 import time
+from dataclasses import dataclass
 from decimal import Decimal
 
 from pydantic import Field
@@ -21,18 +22,22 @@ class Budget(Knobs):
     hours: float | None = Field(None, gt=0)
 
 
+@dataclass(frozen=True, slots=True)
 class Hold:
     """The worst case of one request, held back until what it really cost is known."""
 
-    __slots__ = ("completion_tokens", "prompt_tokens", "usd")
+    prompt_tokens: int
+    completion_tokens: int
+    usd: Decimal
 
-    def __init__(self, request: Request, price: Price | None) -> None:
+    @classmethod
+    def worst(cls, request: Request, price: Price | None) -> "Hold":
         # a token is at least one byte, so the request's bytes bound its prompt tokens whatever the tokenizer
-        self.prompt_tokens = len(encode(request.messages))
+        prompt_tokens = len(encode(request.messages))
         draws = request.sampling.beam.width if request.sampling.beam else request.n
-        self.completion_tokens = request.sampling.max_tokens * draws
-        worst = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens)
-        self.usd = price.usd(worst) if price else Decimal(0)
+        completion_tokens = request.sampling.max_tokens * draws
+        usd = price.worst(prompt_tokens, completion_tokens) if price else Decimal(0)
+        return cls(prompt_tokens, completion_tokens, usd)
 
 
 class Wall:
@@ -51,7 +56,7 @@ class Wall:
             raise RecipeError(
                 f"budget.usd is set, but models.{model} has no price; give price: {{input, output}} (0 is one)"
             )
-        hold = Hold(request, entry.price)
+        hold = Hold.worst(request, entry.price)
         b = self.budget
         hours = self._hours + (time.monotonic() - self._started) / 3600
         for name, would_be, limit in (
@@ -74,6 +79,11 @@ class Wall:
         """Replace the worst case by what it cost."""
         self.tokens += usage.prompt_tokens + usage.completion_tokens - hold.prompt_tokens - hold.completion_tokens
         self.usd += usd - hold.usd
+
+    def withdraw(self, hold: Hold) -> None:
+        """Forget a request that was never sent."""
+        self.settle(hold, Usage(), Decimal(0))
+        self.requests -= 1
 
     def _now(self, name: str, hours: float) -> str:
         return {

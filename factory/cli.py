@@ -10,8 +10,12 @@ from factory.errors import DiskError, FactoryError, RecipeError
 
 EXIT_CODES = """
 exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit, 4 key or TLS, 5 budget or quota,
-6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version, 130 interrupted
+6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
+13 a batch is submitted: run the same command again to collect it, 130 interrupted
 """
+
+LOOK_FIRST_S = 5.0
+"""`--wait`: the time to the second look at a batch; it grows from there."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
             help="share of a stage's draws that may stay without an answer, e.g. 5%% or 0.05 (default: 2%%)",
         )  # fmt: skip
         verb.add_argument("--retry-failed", action="store_true", help="ask again for draws that have no answer")
+        verb.add_argument(
+            "--wait", action="store_true", help="where a batch is submitted, stay until it is done instead of leaving"
+        )
         verb.set_defaults(verb=_run, until=name)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
     _recipe_arguments(verb)
@@ -132,7 +139,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments)
     refuse(recipe, arguments.runs, arguments.allow_http)
-    folder = run(recipe, arguments.runs, arguments.until, arguments.max_failed, arguments.retry_failed)
+    wait = LOOK_FIRST_S if arguments.wait else None
+    folder = run(recipe, arguments.runs, arguments.until, arguments.max_failed, arguments.retry_failed, wait)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0

@@ -12,6 +12,7 @@
     ├── LockedError                 10   another process holds this journal
     ├── JournalError                11   the journal is damaged
     ├── VersionError                12   the journal was written by a newer factory
+    ├── Waiting                     13   a batch is submitted; the same command again collects it
     └── Interrupted            130, 143   Ctrl-C or SIGTERM; the same command goes on
 
 A message says what is wrong, where, and what to do. The command line prints it without a traceback.
@@ -88,6 +89,12 @@ class VersionError(FactoryError):
     """The journal was written by a newer version."""
 
     exit_code = 12
+
+
+class Waiting(FactoryError):
+    """A batch is submitted and not done yet; the same command again collects it and goes on."""
+
+    exit_code = 13
 
 
 class Interrupted(FactoryError):

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from factory.ask import Desk, Model, Tally, runs
 from factory.asking import AskKnob, Plain
+from factory.errors import Waiting
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.prompt_spool import Part
@@ -225,7 +226,7 @@ class Teaching:
             chunk = prompts[done : done + self._chunk(done, accepted, len(prompts))]
             done += len(chunk)
             shares = {name: self._share(chunk, name) for name in self.knobs.models}
-            answers = {name: await self._answers(name, share) for name, share in shares.items() if share}
+            answers = await self._all_answers({name: share for name, share in shares.items() if share})
             for prompt in chunk:
                 for sample in (sample for name in self._answering(prompt) for sample in next(answers[name])):
                     kept = self._within(sample, accepted)
@@ -260,6 +261,18 @@ class Teaching:
         if not isinstance(self.knobs.model, dict):
             return prompts
         return prompts.where(lambda prompt: name in self._answering(prompt))
+
+    async def _all_answers(self, shares: dict[str, Part]) -> dict[str, Iterator[list[Sample]]]:
+        """Ask each model its share. One that waits for a batch keeps the others from nothing: theirs is submitted too."""
+        answers, waiting = {}, []
+        for name, share in shares.items():
+            try:
+                answers[name] = await self._answers(name, share)
+            except Waiting as e:
+                waiting.append(str(e))
+        if waiting:
+            raise Waiting("\n".join(waiting))
+        return answers
 
     async def _answers(self, name: str, prompts: Part) -> Iterator[list[Sample]]:
         """Ask one model; the samples of each prompt in turn."""

@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from factory.errors import DiskError, JournalError, LockedError, VersionError
-from factory.rows import TRUNCATED, Failure, Request, Usage, digest
+from factory.rows import TRUNCATED, Failure, Reason, Request, Usage, digest
 
 VERSION = 1
 COMPRESS_OVER_BYTES = 4096
+NO_ANSWER = ",".join(f"'{reason}'" for reason in get_args(Reason))
+"""How answers end that are none, see `rows.endings`."""
 TICK_S = 5.0
 """How often the time that a run is at work is written down: what a kill may lose of it."""
 
@@ -46,9 +48,30 @@ CREATE TABLE IF NOT EXISTS answer (
     key TEXT PRIMARY KEY, identity TEXT NOT NULL, draw INTEGER NOT NULL, attempt INTEGER NOT NULL,
     choice INTEGER NOT NULL, finish TEXT NOT NULL, tokens INTEGER, max_tokens INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batch (
+    tag TEXT PRIMARY KEY, identity TEXT NOT NULL, run TEXT NOT NULL, state TEXT NOT NULL, handle TEXT,
+    first INTEGER NOT NULL, requests INTEGER NOT NULL, built REAL NOT NULL, submitted REAL, ended REAL
+) STRICT;
 CREATE TABLE IF NOT EXISTS session (id INTEGER PRIMARY KEY, run TEXT NOT NULL, seconds REAL NOT NULL) STRICT;
 """
 # status of an attempt: sent -> stored -> read, or -> failed; `sent` in an old run means: outcome unknown
+# a batch is the attempts `first` to `first + requests - 1`; its states are those of `batch_journal.py`
+IN_BATCH = "EXISTS (SELECT 1 FROM batch WHERE attempt.id BETWEEN first AND first + requests - 1)"
+
+INSERT_ATTEMPT = (
+    "INSERT INTO attempt (run, identity, prompt, asked, keys, draw, max_tokens, sent, status, prompt_tokens,"
+    " completion_tokens, usd) VALUES (?,?,?,?,?,?,?,?,'sent',?,?,?)"
+)
+
+
+def attempt_row(run: str, request: Request, reserved_usd: str, reserved_prompt_tokens: int) -> tuple[Any, ...]:
+    """An intent to send, as `INSERT_ATTEMPT` takes it: with the worst case that it may cost."""
+    sampling = request.sampling
+    draws = sampling.beam.width if sampling.beam else request.n
+    return (
+        run, request.identity, request.prompt, asked_key(request), " ".join(answer_keys(request)), request.draw,
+        sampling.max_tokens, time.time(), reserved_prompt_tokens, sampling.max_tokens * draws, reserved_usd,
+    )  # fmt: skip
 
 
 def answer_keys(request: Request) -> list[str]:
@@ -76,10 +99,16 @@ def asked_key(request: Request) -> str:
 
 
 def _file(db: sqlite3.Connection, attempt: int, ends: Sequence[tuple[str, int | None]]) -> None:
+    """An answer that is there already gives way to one with a larger limit only: what a data set was made of stays.
+
+    Only where what is there is no answer, any new ending takes its place.
+    """
     row = db.execute("SELECT keys, identity, draw, max_tokens FROM attempt WHERE id=?", [attempt]).fetchone()
     keys, identity, draw, max_tokens = row
     db.executemany(
-        "INSERT OR REPLACE INTO answer VALUES (?,?,?,?,?,?,?,?)",
+        "INSERT INTO answer VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (key) DO UPDATE SET attempt=excluded.attempt,"
+        " choice=excluded.choice, finish=excluded.finish, tokens=excluded.tokens, max_tokens=excluded.max_tokens"
+        f" WHERE excluded.max_tokens > answer.max_tokens OR answer.finish IN ({NO_ANSWER})",
         [
             (key, identity, draw + i, attempt, i, finish, tokens, max_tokens)
             for i, (key, (finish, tokens)) in enumerate(zip(keys.split(), ends, strict=False))
@@ -102,7 +131,7 @@ class Stored(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Totals of a run over all its attempts; unknown outcomes count at what was reserved for them.
+    """Totals of a run over all its attempts; unknown outcomes and open batches count at what was reserved for them.
 
     `seconds` is compute time of local models, `hours` is time that the run was at work, all its starts together.
     """
@@ -166,7 +195,7 @@ class Journal:
     def clock(self, run: str) -> None:
         """Count the time from now on as time at work of a run; it is written down every few seconds."""
         sql = "INSERT INTO session (run, seconds) VALUES (?, 0)"
-        session: int = self._write(lambda db: db.execute(sql, [run]).lastrowid).result()
+        session: int = self.write(lambda db: db.execute(sql, [run]).lastrowid).result()
         started = time.monotonic()
         self._tick = lambda db: db.execute(
             "UPDATE session SET seconds=? WHERE id=?", [time.monotonic() - started, session]
@@ -204,29 +233,21 @@ class Journal:
                 for (_, future), result in zip(batch, results, strict=True):
                     future.set_result(result)
 
-    def _write(self, act: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
+    def write(self, act: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         self._ops.put((act, future))
         return future
 
     async def begin(self, run: str, request: Request, reserved_usd: str, reserved_prompt_tokens: int) -> int:
         """Commit the intent to send, with the worst case it may cost; returns the attempt's number."""
-        sampling = request.sampling
-        row = (
-            run, request.identity, request.prompt, asked_key(request), " ".join(answer_keys(request)), request.draw,
-            sampling.max_tokens, time.time(), reserved_prompt_tokens, sampling.max_tokens * request.n, reserved_usd,
-        )  # fmt: skip
-        sql = (
-            "INSERT INTO attempt (run, identity, prompt, asked, keys, draw, max_tokens, sent, status, prompt_tokens,"
-            " completion_tokens, usd) VALUES (?,?,?,?,?,?,?,?,'sent',?,?,?)"
-        )
-        return int(await asyncio.wrap_future(self._write(lambda db: db.execute(sql, row).lastrowid)))
+        row = attempt_row(run, request, reserved_usd, reserved_prompt_tokens)
+        return int(await asyncio.wrap_future(self.write(lambda db: db.execute(INSERT_ATTEMPT, row).lastrowid)))
 
     async def store(self, attempt: int, body: bytes) -> None:
         """Commit the raw body, before anything reads it."""
         sql = "UPDATE attempt SET status='stored', ended=?, body=? WHERE id=?"
         row = (time.time(), pack(body), attempt)
-        await asyncio.wrap_future(self._write(lambda db: db.execute(sql, row)))
+        await asyncio.wrap_future(self.write(lambda db: db.execute(sql, row)))
 
     def file(self, attempt: int, ends: list[tuple[str, int | None]], usage: Usage, usd: str) -> Future[Any]:
         """File how a body's draws ended (see `rows.endings`) under the attempt's keys, and settle what it cost."""
@@ -238,7 +259,7 @@ class Journal:
                 (usage.prompt_tokens, usage.completion_tokens, usage.seconds, usd, attempt),
             )
 
-        return self._write(act)
+        return self.write(act)
 
     async def fail(
         self, attempt: int, failure: Failure, billed: bool, ends: Sequence[tuple[str, int | None]] = ()
@@ -256,11 +277,11 @@ class Journal:
             _file(db, attempt, ends)
             db.execute(sql + " WHERE id=?", row)
 
-        await asyncio.wrap_future(self._write(act))
+        await asyncio.wrap_future(self.write(act))
 
     async def flush(self) -> None:
         """Wait until everything written so far is committed."""
-        await asyncio.wrap_future(self._write(lambda db: None))
+        await asyncio.wrap_future(self.write(lambda db: None))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -268,32 +289,31 @@ class Journal:
         """The stored answers among `keys`; ask for a few hundred at a time."""
         wanted = list(keys)
         marks = ",".join("?" * len(wanted))
-        rows = self._read(
+        rows = self.read(
             "SELECT key, body, choice, finish, tokens, answer.max_tokens FROM answer "
             f"JOIN attempt ON attempt.id = answer.attempt WHERE key IN ({marks})",
             wanted,
         )
         return {row[0]: Stored(unpack(row[1]), *row[2:]) for row in rows}
 
-    def unread(self, identity: str) -> Iterator[tuple[int, bytes]]:
-        """Bodies that were stored but not yet read when a process ended: they were paid for."""
-        for attempt, body in self._read(
-            "SELECT id, body FROM attempt WHERE identity=? AND status='stored'", [identity]
-        ):
-            yield attempt, unpack(body)
+    def unread(self, identity: str) -> Iterator[tuple[int, bytes, bool]]:
+        """Bodies that were stored but not yet read when a process ended (they were paid for); whether from a batch."""
+        sql = f"SELECT id, body, {IN_BATCH} FROM attempt WHERE identity=? AND status='stored'"
+        for attempt, body, batched in self.read(sql, [identity]):
+            yield attempt, unpack(body), bool(batched)
 
     def spent(self, run: str) -> Spent:
         """What all attempts of a run cost so far."""
-        row = self._read(
+        row = self.read(
             "SELECT count(*), coalesce(sum(prompt_tokens),0), coalesce(sum(completion_tokens),0),"
-            " coalesce(sum(CAST(usd AS REAL)),0), coalesce(sum(seconds),0), coalesce(sum(status='sent'),0)"
-            " FROM attempt WHERE run=?",
+            " coalesce(sum(CAST(usd AS REAL)),0), coalesce(sum(seconds),0),"
+            f" coalesce(sum(status='sent' AND NOT {IN_BATCH}),0) FROM attempt WHERE run=?",
             [run],
         )[0]
-        hours = self._read("SELECT coalesce(sum(seconds),0) / 3600 FROM session WHERE run=?", [run])[0][0]
+        hours = self.read("SELECT coalesce(sum(seconds),0) / 3600 FROM session WHERE run=?", [run])[0][0]
         return Spent(*row)._replace(hours=hours)
 
-    def _read(self, sql: str, values: list[Any]) -> list[Any]:
+    def read(self, sql: str, values: list[Any]) -> list[Any]:
         db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
         try:
             return db.execute(sql, values).fetchall()

@@ -20,10 +20,11 @@ import yaml
 
 from factory import __version__, dataset, report
 from factory.ask import Desk, Tally
+from factory.batch_journal import forgive
 from factory.budget import Wall
 from factory.choose import Choose, choose
 from factory.curate import Curate, accepts, curate, row_filters
-from factory.errors import RecipeError, TooManyFailures
+from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
 from factory.filters.rules import Tokens
@@ -53,22 +54,26 @@ VERSIONS = {
 UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
 
 
-def run(recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False) -> Path:
+def run(
+    recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
+    wait: float | None = None,
+) -> Path:  # fmt: skip
     """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
 
     `max_failed` is the share of draws of a stage that may stay without an answer: a doomed stage stops early, and a run
     that ends above it raises TooManyFailures when everything else is done. `retry_failed` asks for those draws again.
+    `wait`: where a batch is submitted, stay until it is done, looking at it first after so many seconds; None raises Waiting.
     """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
-        work = Work(recipe, runs, journal, max_failed, retry_failed)
+        work = Work(recipe, runs, journal, max_failed, retry_failed, wait)
         work.begin()
         try:
             for step in steps:
                 work.do(step)
             work.publish(steps)
-        except BaseException:
-            work.note("stopped", steps)
+        except BaseException as e:
+            work.note("waiting" if isinstance(e, Waiting) else "stopped", steps)
             raise
         work.note("done", steps)
         report.build(work.folder)
@@ -79,7 +84,9 @@ def run(recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.
 class Work:
     """One run in progress: what is made so far, and how each kind of step is done."""
 
-    def __init__(self, recipe: Recipe, runs: Path, journal: Journal, max_failed: float, retry_failed: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, runs: Path, journal: Journal, max_failed: float, retry_failed: bool, wait: float | None
+    ) -> None:
         self.recipe, self.runs, self.journal = recipe, runs, journal
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
@@ -88,9 +95,10 @@ class Work:
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
         journal.clock(recipe.name)
-        self.desk = Desk(
-            journal, Wall(recipe.budget, journal.spent(recipe.name)), recipe.name, max_failed, retry_failed
-        )
+        if retry_failed:
+            forgive(journal, recipe.name)
+        wall = Wall(recipe.budget, journal.spent(recipe.name))
+        self.desk = Desk(journal, wall, recipe.name, max_failed, retry_failed, wait)
 
     def begin(self) -> None:
         """Prompts in, and what is odd about them said before anything is sent."""
@@ -139,7 +147,7 @@ class Work:
             say(f"{step.title}: done already")
         else:
             say(f"{step.title}")
-            folder = self._make(step, StageWriter(folder.path))
+            folder = self._make_or_wait(step, folder.path)
             counts = folder.manifest
             say(
                 f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed"
@@ -147,6 +155,15 @@ class Work:
         self.made[step.number] = folder
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
+
+    def _make_or_wait(self, step: Step, folder: Path) -> StageFolder:
+        """Make a step. Where it submits a batch and waiting is wanted, make it again: its asking waits for the batch."""
+        while True:
+            try:
+                return self._make(step, StageWriter(folder))
+            except Waiting:
+                if self.desk.wait is None:
+                    raise
 
     def _hash(self, step: Step) -> str:
         names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score

@@ -106,6 +106,9 @@ class Usage(Row, frozen=True):
     reasoning_tokens: int = 0
     seconds: float = 0.0
 
+    def plus(self, other: "Usage") -> "Usage":
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
 
 TRUNCATED = frozenset({"length", "unknown"})
 """How an answer ends that a larger limit may make whole; `unknown`: the server did not say how it ended."""
@@ -138,7 +141,7 @@ class Reply(Row, frozen=True):
 Reason = Literal[
     "auth", "bad_encoding", "bad_json", "bad_request", "body_too_large", "budget", "conflict", "context_overflow",
     "empty", "engine_died", "filtered_output", "forbidden", "gateway_timeout", "html_page", "misread_request",
-    "missing_choice", "model_not_found", "no_stored_answer", "outage", "overloaded", "quota", "rate_limited",
+    "missing_choice", "model_not_found", "no_stored_answer", "not_answered", "outage", "overloaded", "quota", "rate_limited",
     "reasoning_only", "reasoning_unclosed", "redirect", "refused", "refused_input", "server_error", "special_tokens",
     "timeout", "tls", "too_large", "tool_calls", "transport", "unsafe_json", "unsupported_n", "unsupported_parameter",
     "wrong_model",
@@ -167,6 +170,17 @@ def endings(outcome: Outcome, n: int) -> list[tuple[str, int | None]]:
         return [(outcome.reason, None)] * n
     good: list[tuple[str, int | None]] = [(choice.finish, choice.tokens) for choice in outcome.choices]
     return [*good, *((failure.reason, None) for failure in outcome.failed)][:n]
+
+
+class Look(Row, frozen=True):
+    """What a look at a batch has found: so many requests answered; `ended` is the provider's word for how it ended.
+
+    `refused`: the provider ended it before any of its requests ran.
+    """
+
+    answered: int
+    ended: str | None = None
+    refused: Failure | None = None
 
 
 class Verdict(Row, frozen=True):

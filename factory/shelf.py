@@ -1,10 +1,12 @@
 """`factory ls` and `factory show`: what ships, what has run, and what a run did."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from factory.batch_journal import listed
 from factory.recipe import shipped
 from factory.run import StageFolder
 
@@ -44,6 +46,10 @@ def describe(folder: Path) -> str:
             for row in _json(path)["rows"]:
                 span = f"{row['low']:.3f} to {row['high']:.3f}"
                 lines.append(f"{row['model']:16} {row['measure']:14} {row['value']:8.3f}  {span:18} {row['n']}")
+    for batch in listed(folder.parent / "journal.sqlite", manifest["name"]):
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.submitted or batch.built))
+        state = f"{batch.state} {since}, {batch.requests} requests, {batch.identity}"
+        lines += ["", f"open batch {batch.handle or batch.tag}: {state}"]
     found = [folder / name for name in ("dataset", "report.html", "report.json") if (folder / name).exists()]
     return "\n".join([*lines, "", *(str(path) for path in found)])
 

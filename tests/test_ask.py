@@ -15,7 +15,8 @@ from factory.ask import Desk, Model, Tally
 from factory.budget import Budget, Wall
 from factory.errors import AuthError, BudgetError, IdentityError, LockedError, OutageError, RecipeError
 from factory.journal import Journal
-from factory.rows import Beam, Choice, Failure, Prompt, Request, Sampling
+from factory.rows import Beam, Choice, Failure, Prompt, Request, Sampling, Usage
+from factory.teachers.entry import Price
 from factory.teachers.openai import OpenAI
 from tests.server import Script, Server, chat, error, serving
 
@@ -241,6 +242,18 @@ async def test_hours_count_all_starts_together(tmp_path: Path) -> None:
             with pytest.raises(BudgetError, match="hours"):
                 await ask(tmp_path, model, requests, Budget(hours=0.6 / 3600))
     assert 2 <= sum(server.seen.values()) <= 8
+
+
+def test_each_kind_of_token_has_its_price_and_the_worst_case_is_the_dearest() -> None:
+    price = Price(
+        input=Decimal(2), output=Decimal(8), cached=Decimal("0.5"), reasoning=Decimal(10), batch=Decimal("0.5")
+    )
+    used = Usage(prompt_tokens=1000, cached_tokens=400, completion_tokens=500, reasoning_tokens=300)
+    assert price.usd(used) == (Decimal(600) * 2 + Decimal(200) + Decimal(200) * 8 + Decimal(300) * 10) / 1_000_000
+    assert price.worst(1000, 500) == (Decimal(2000) + Decimal(5000)) / 1_000_000
+    assert price.in_batch().usd(used) == price.usd(used) / 2
+    plain = Price(input=Decimal(2), output=Decimal(8))
+    assert plain.usd(used) == (Decimal(2000) + Decimal(4000)) / 1_000_000  # unpriced kinds cost what the others do
 
 
 async def test_money_without_a_price_is_refused(tmp_path: Path) -> None:

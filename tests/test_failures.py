@@ -20,7 +20,7 @@ from factory.teachers.rate_limits import RateLimits, Window, read_rate_limits, r
 ACTIONS = {
     "stop": "auth tls quota budget model_not_found wrong_model unsupported_parameter",
     "wait": "rate_limited overloaded",
-    "retry": "outage timeout gateway_timeout transport server_error engine_died conflict misread_request html_page "
+    "retry": "outage timeout gateway_timeout transport server_error engine_died not_answered conflict misread_request html_page "
     "bad_json missing_choice empty",
     "adapt": "unsupported_n",
     "set aside": "forbidden redirect bad_request context_overflow too_large refused_input no_stored_answer body_too_large "

@@ -9,13 +9,17 @@ To add a teacher: one file with a `Knobs` record (its `type` literal is the name
 and `open()`, and its name in the union `Model` below.
 """
 
+from pathlib import Path
 from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from factory.rows import Failure, Outcome, Request
-from factory.teachers.anthropic import Anthropic
-from factory.teachers.openai import OpenAI
+from factory.rows import Failure, Look, Outcome, Request
+from factory.teachers.anthropic import Anthropic, AnthropicTeacher
+from factory.teachers.anthropic_batch import AnthropicBatch
+from factory.teachers.entry import Entry
+from factory.teachers.openai import OpenAI, OpenAITeacher
+from factory.teachers.openai_batch import OpenAIBatch
 from factory.teachers.reference import Reference
 from factory.teachers.replay import Replay
 from factory.teachers.transformers import Transformers
@@ -38,6 +42,54 @@ class Teacher(Protocol):
     def read(self, request: Request, body: bytes) -> Outcome: ...
 
     async def close(self) -> None: ...
+
+
+class BatchEndpoint(Protocol):
+    """Answers whole files of requests within a day. What it sends back is read by the `Teacher` of the same model.
+
+    Its methods raise a FactoryError for what the endpoint does: OutageError where it may have done what it was told,
+    any other where it has not.
+    """
+
+    max_lines: int
+    max_bytes: int
+
+    def line(self, custom_id: str, request: Request) -> bytes:
+        """A request as a line of a file."""
+        ...
+
+    async def submit(self, lines: Path, tag: str) -> str:
+        """Upload a file and start its batch; returns how the provider names it."""
+        ...
+
+    async def find(self, tag: str, since: float, requests: int, others: set[str]) -> str | None:
+        """How the provider names the batch that was submitted with this tag, if it has one; Waiting: it cannot tell yet.
+
+        `since` is when it can have been submitted at the earliest, in seconds since the epoch; `others` are batches
+        that are known to be other ones.
+        """
+        ...
+
+    async def collect(self, handle: str, into: Path) -> Look:
+        """Look at a batch; if it has ended, write its results into a file, one a line, in any order."""
+        ...
+
+    def result(self, line: bytes) -> tuple[str, bytes | Failure]:
+        """A line of the results: its custom_id, and the body of its answer or why there is none."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def batch_endpoint(entry: Entry, teacher: Teacher) -> BatchEndpoint | None:
+    """Where a model with `batch: true` takes batches."""
+    match entry, teacher:
+        case OpenAI(batch=True), OpenAITeacher():
+            return OpenAIBatch(entry.base_url, entry.key(), teacher.body)
+        case Anthropic(batch=True), AnthropicTeacher():
+            return AnthropicBatch(entry.base_url, entry.key(), teacher.body)
+        case _:
+            return None
 
 
 ModelEntry = Annotated[OpenAI | Anthropic | Vllm | Transformers | Replay | Reference, Field(discriminator="type")]

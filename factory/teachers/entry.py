@@ -28,17 +28,35 @@ class Limits(Knobs):
 
 
 class Price(Knobs):
-    """US dollars per million tokens."""
+    """US dollars per million tokens; `batch` is the factor on all of them in a batch, for example 0.5.
 
-    input: Decimal
-    output: Decimal
-    cached: Decimal | None = None
+    `cached` is for prompt tokens that the server found in its cache, `reasoning` for tokens of thought, where these have
+    a price of their own.
+    """
+
+    input: Decimal = Field(ge=0)
+    output: Decimal = Field(ge=0)
+    cached: Decimal | None = Field(None, ge=0)
+    reasoning: Decimal | None = Field(None, ge=0)
+    batch: Decimal = Field(Decimal(1), ge=0)
 
     def usd(self, usage: Usage) -> Decimal:
-        """What a request cost; cached prompt tokens are billed at `cached` where it is given."""
-        cached = usage.cached_tokens if self.cached is not None else 0
-        fresh = usage.prompt_tokens - cached
-        return (self.input * fresh + (self.cached or 0) * cached + self.output * usage.completion_tokens) / MILLION
+        """What a request cost."""
+        cached = min(usage.cached_tokens, usage.prompt_tokens) if self.cached is not None else 0
+        thought = min(usage.reasoning_tokens, usage.completion_tokens) if self.reasoning is not None else 0
+        prompt = self.input * (usage.prompt_tokens - cached) + (self.cached or 0) * cached
+        return (prompt + self.output * (usage.completion_tokens - thought) + (self.reasoning or 0) * thought) / MILLION
+
+    def worst(self, prompt_tokens: int, completion_tokens: int) -> Decimal:
+        """What a request of so many tokens can cost at most, whatever kind they turn out to be."""
+        prompt = max(self.input, self.cached or Decimal(0))
+        answer = max(self.output, self.reasoning or Decimal(0))
+        return (prompt * prompt_tokens + answer * completion_tokens) / MILLION
+
+    def in_batch(self) -> "Price":
+        """What the same tokens cost in a batch."""
+        prices = {name: price * self.batch for name, price in self if price is not None}
+        return self.model_copy(update=prices | {"batch": Decimal(1)})
 
 
 class Entry(Knobs):
@@ -88,6 +106,8 @@ class Endpoint(Entry):
     base_url: BaseUrl
     api_key_env: KeyVariable = None
     capabilities: Capabilities = Capabilities()
+    batch: bool = False
+    """Ask through the provider's batch endpoint; it is not part of what makes two answers the same."""
 
     def identity(self, runs: Path) -> str:
         raise NotImplementedError

@@ -59,6 +59,7 @@ RULES: dict[Reason, Rule] = {
     "transport": Rule("retry", billed=True),
     "server_error": Rule("retry", billed=True),
     "engine_died": Rule("retry", tries=2),
+    "not_answered": Rule("retry"),
     "conflict": Rule("retry"),
     "misread_request": Rule("retry"),
     "html_page": Rule("retry", error=OutageError),

@@ -1,0 +1,24 @@
+"""The one retry policy: what is sent again, and how often."""
+
+from factory.rows import Failure, Outcome, Request
+from factory.teachers.failures import ACTIONS, RULES
+
+
+def again(request: Request, outcome: Outcome | None) -> bool:
+    """Whether to send once more. The same seed, or greedy decoding, would give the same empty answer again."""
+    if not isinstance(outcome, Failure) or ACTIONS[outcome.reason] != "retry":
+        return False
+    repeatable = request.seed is not None or request.sampling.temperature == 0 or request.sampling.beam is not None
+    return not (outcome.reason == "empty" and repeatable)
+
+
+def tries(limit: int, outcome: Outcome | None) -> int:
+    """How often a failure may come before its request is set aside: `max_attempts`, unless its rule says less."""
+    few = RULES[outcome.reason].tries if isinstance(outcome, Failure) else None
+    return min(limit, few or limit)
+
+
+def in_another_batch(limit: int, request: Request, failure: Failure, failed: int) -> bool:
+    """Whether a request that has failed in so many batches goes into one more; what stopped a run is mended by now."""
+    action = ACTIONS[failure.reason]
+    return action == "stop" or (failed < tries(limit, failure) and (action == "wait" or again(request, failure)))

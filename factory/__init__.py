@@ -3,6 +3,7 @@
 The map, in the order that data flows (a file imports only from files above it):
 
     rows, errors, knobs     the nouns; the error tree; what recipes are made of
+    signals                 told to stop: at once, or after the requests in flight
     prompts                 prompt lists in: ids, train/test split, lint
     asking/                 seam 1: what is said
     weights                 where local weights come from
@@ -17,7 +18,7 @@ The map, in the order that data flows (a file imports only from files above it):
     stats, evaluate         intervals; stage `evaluate`
     report                  one page and one JSON
     recipe                  all stages' knobs as one typed file
-    run, pipeline           the run folder; the whole run on one screen
+    naming, run, pipeline   the name of a step's folder; the run folder; the whole run on one screen
     cli                     verbs
 """
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -15,8 +16,9 @@ import tenacity
 from factory.budget import Wall
 from factory.errors import AuthError, BudgetError, FactoryError, IdentityError, OutageError
 from factory.journal import Journal, answer_keys
-from factory.progress import Advance, bar
+from factory.progress import Advance, bar, say
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
+from factory.signals import Interrupted, draining
 from factory.teachers import Teacher
 from factory.teachers.entry import Entry
 
@@ -28,6 +30,13 @@ FEW_TRIES = {"bad_json": 3, "missing_choice": 3, "empty": 2}
 STOPS: dict[str, type[FactoryError]] = {"auth": AuthError, "quota": BudgetError, "model_not_found": IdentityError}
 MAYBE_BILLED = {"timeout", "transport", "server_error", "bad_json", "missing_choice", "empty", "filtered_output"}
 MAX_PAUSE_S = 3600.0
+GRACE_S = 30.0
+"""How long requests in flight are waited for when a signal says stop."""
+WHAT_TO_DO = {
+    "auth": "check the key in the variable that `api_key_env` names",
+    "quota": "top it up or wait, then run again",
+    "model_not_found": "check `model` and `base_url`",
+}
 
 
 @dataclass(slots=True)
@@ -68,7 +77,7 @@ class Desk:
             missing = self._missing(requests, counter)
             limit = min(model.entry.limits.max_concurrency, model.teacher.concurrency)
             try:
-                await asyncio.gather(*(counter.work(missing) for _ in range(limit)))
+                await counter.run(missing, limit)
             finally:
                 await model.teacher.close()
                 await self.journal.flush()
@@ -127,18 +136,39 @@ class _Round:
         self.error: BaseException | None = None
         self._answered = 0
         self._resume_at = 0.0  # one pause for the whole teacher: N workers backing off alone would stampede
+        self._in_flight = 0
+        self._stopped = asyncio.Event()
 
     def reuse(self, draws: int) -> None:
         self.tally.reused += draws
         self.advance(draws)
 
-    async def work(self, missing: Iterator[Request]) -> None:
+    async def run(self, missing: Iterator[Request], workers: int) -> None:
+        """Work through the requests; a first signal lets those in flight end, for `GRACE_S` at most."""
+        loop = asyncio.get_running_loop()
+        working = [loop.create_task(self._work(missing)) for _ in range(workers)]
+
+        def interrupt(why: Interrupted) -> None:
+            say(f"stopping: {self._in_flight} requests are in flight, they get {GRACE_S:.0f} s; again to leave at once")
+            self._stop(why)
+            for task in working:
+                loop.call_later(GRACE_S, task.cancel)
+
+        with draining(interrupt):
+            await asyncio.gather(*working)
+
+    def _stop(self, why: BaseException) -> None:
+        """Send nothing more, and wait for nothing but answers on their way."""
+        self.error = self.error or why
+        self._stopped.set()
+
+    async def _work(self, missing: Iterator[Request]) -> None:
         """Take requests until there are none, or until something stops the round."""
         while self.error is None and (request := next(missing, None)) is not None:
             try:
                 outcome = await self._settle(request)
             except (FactoryError, asyncio.CancelledError) as e:
-                self.error = self.error or e
+                self._stop(e)
                 return
             got = len(outcome.choices) if isinstance(outcome, Reply) else 0
             failure = (
@@ -156,12 +186,13 @@ class _Round:
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, limits.max_attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            sleep=self._sleep,
             retry=tenacity.retry_if_result(partial(_again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
         outcome: Outcome = await retrying(self._attempt, request)
         if isinstance(outcome, Failure) and (error := STOPS.get(outcome.reason)):
-            raise error(f"models.{self.model.name}: {outcome.detail}")
+            raise error(f"models.{self.model.name}: {outcome.detail}; {WHAT_TO_DO[outcome.reason]}")
         if isinstance(outcome, Failure) and outcome.reason == "outage" and not self._answered:
             raise OutageError(
                 f"models.{self.model.name}: {outcome.detail}; stored answers are kept, run again when it is up"
@@ -178,14 +209,20 @@ class _Round:
                 return outcome
             pause = outcome.retry_after if outcome.retry_after is not None else min(1.0 + waited, 60.0)
             waited += pause
-            if waited > MAX_PAUSE_S:
+            if waited > MAX_PAUSE_S or self._stopped.is_set():
                 return outcome
             loop_time = asyncio.get_running_loop().time()
             self._resume_at = max(self._resume_at, loop_time + pause)
 
     async def _pause(self) -> None:
-        while (left := self._resume_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110  (it may move on)
-            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        while (left := self._resume_at - asyncio.get_running_loop().time()) > 0:  # it may move on meanwhile
+            await self._sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but give the request up as soon as the round is stopped."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+            raise asyncio.CancelledError
 
     async def _send(self, request: Request) -> Outcome:
         """Reserve, commit the intent, send, commit the body, read it, file it: in this order."""
@@ -193,7 +230,11 @@ class _Round:
         hold = desk.wall.reserve(request, entry, model.name)
         attempt = await desk.journal.begin(desk.run, request, str(hold.usd), hold.prompt_tokens)
         self.tally.sent += 1
-        answer = await model.teacher.send(request)
+        self._in_flight += 1
+        try:
+            answer = await model.teacher.send(request)
+        finally:
+            self._in_flight -= 1
         if isinstance(answer, Failure):
             billed = answer.reason in MAYBE_BILLED
             if not billed:

@@ -16,6 +16,8 @@
 A message says what is wrong, where, and what to do. The command line prints it without a traceback.
 """
 
+import errno
+
 
 class FactoryError(Exception):
     """Root of the tree. `exit_code` is what the command line ends with."""
@@ -69,6 +71,31 @@ class DiskError(FactoryError):
     """The disk is full or the folder cannot be written."""
 
     exit_code = 9
+
+
+_IN_THE_WAY = "something else stands in its place: move it away, or choose another folder"
+_ADVICE = {
+    errno.ENOSPC: "free some space, then run again",
+    errno.EDQUOT: "free some of your quota, then run again",
+    errno.EFBIG: "raise the limit on the size of files, then run again",
+    errno.EACCES: "give yourself the right to it, or choose another folder",
+    errno.EPERM: "give yourself the right to it, or choose another folder",
+    errno.EROFS: "mount it writable, or choose another folder",
+    errno.EIO: "look at the disk's health before you go on",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), then run again",
+    errno.ENFILE: "close other programs, then run again",
+}
+
+
+def disk_error(error: OSError, where: object = "") -> DiskError | None:
+    """What the operating system refused, as an error for people; None if it is not about files and folders."""
+    if error.errno not in _ADVICE:
+        return None
+    return DiskError(f"{error.filename or where or 'the run folder'}: {error.strerror}; {_ADVICE[error.errno]}")
 
 
 class LockedError(FactoryError):

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from factory.errors import DiskError, JournalError, LockedError, VersionError
+from factory.errors import DiskError, JournalError, LockedError, VersionError, disk_error
 from factory.rows import Failure, Request, Usage, digest
 
 VERSION = 1
@@ -98,26 +98,25 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._failed: DiskError | None = None
         self._ops: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
-            created = not path.exists()
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            if created:
-                path.chmod(0o600)
             self._prepare()
         except OSError as e:
-            raise DiskError(
-                f"cannot open the journal {path}: {e.strerror}; check the folder's permissions and space"
-            ) from None
+            raise disk_error(e, path) or DiskError(f"{path}: {e.strerror}; choose another folder") from None
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
         self._writer.start()
 
     def _prepare(self) -> None:
+        created = not self.path.exists()
         try:
+            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            if created:
+                self.path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -154,9 +153,9 @@ class Journal:
             except Exception as e:  # a full disk, most likely: every waiting request must hear of it
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                error = DiskError(f"cannot write the journal {self.path}: {e}; free some space and run again")
+                self._failed = DiskError(f"cannot write the journal {self.path}: {e}; free some space and run again")
                 for _, future in batch:
-                    future.set_exception(error)
+                    future.set_exception(self._failed)
             else:
                 for (_, future), result in zip(batch, results, strict=True):
                     future.set_result(result)
@@ -214,8 +213,10 @@ class Journal:
         await asyncio.wrap_future(self._write(lambda db: db.execute(sql + " WHERE id=?", row)))
 
     async def flush(self) -> None:
-        """Wait until everything written so far is committed."""
+        """Wait until everything written so far is committed; DiskError if some of it could not be."""
         await asyncio.wrap_future(self._write(lambda db: None))
+        if self._failed is not None:
+            raise self._failed
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

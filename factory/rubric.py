@@ -42,7 +42,10 @@ class Rubric(Knobs):
 
 def load(path: Path) -> Rubric:
     """Read a rubric file; RecipeError with file and line."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({e}); save the file as UTF-8") from None
     parts = _HEAD.fullmatch(text)
     if parts is None:
         raise RecipeError(

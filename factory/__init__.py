@@ -3,7 +3,7 @@
 The map, in the order that data flows (a file imports only from files above it):
 
     rows, errors, knobs      the nouns; the error tree; what recipes are made of
-    run                      the run folder
+    signals, run             told to stop; the run folder
     prompt_*, prompts        prompt lists in: ids, train/test split, lint
     asking/                  seam 1: what is said
     weights                  where local weights come from
@@ -18,7 +18,7 @@ The map, in the order that data flows (a file imports only from files above it):
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
     stats, evaluate          intervals; stage `evaluate`
-    recipe, plan             all stages' knobs as one typed file; which stage reads what
+    recipe, plan, naming     all stages' knobs as one typed file; which stage reads what; what names its folder
     findings, report         what a run shows: sentences, one page, one JSON
     pipeline                 the whole run on one screen
     ledger, spending, exchange   the journal from outside

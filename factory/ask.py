@@ -2,26 +2,26 @@
 
 import asyncio
 import itertools
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from typing import Any
 
 import msgspec
 import tenacity
 
 from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
-from factory.errors import BudgetError, FactoryError, Interrupted, TooManyFailures
+from factory.errors import BudgetError, FactoryError, TooManyFailures
 from factory.journal import Journal, Stored, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
 from factory.retry import again, tries
-from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage, endings
+from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
+from factory.signals import Interrupted, draining
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
@@ -34,9 +34,15 @@ LOOKUP = 256
 MAX_WAIT_S = 3600.0
 """How long one request may be put off by 429 and 503 before it counts as failed."""
 DRAIN_S = 30.0
-"""After the first Ctrl-C, how long answers in flight are waited for."""
+"""After a first signal, how long answers in flight are waited for."""
 DOOMED_AFTER = 20
 """Failures before which a run is not given up early: in a handful of prompts one failure is a large share."""
+WHAT_TO_DO: dict[Reason, str] = {
+    "auth": "check the key in the variable that `api_key_env` names",
+    "quota": "top it up or wait, then run again",
+    "model_not_found": "check `model` and `base_url`",
+    "outage": "check `base_url`, or run again when it is up",
+}
 
 
 @dataclass(slots=True)
@@ -100,7 +106,7 @@ class Desk:
             missing = self._missing(requests, asking)
             watch = asyncio.create_task(asking.pace.watch())
             try:
-                with _signals(asking):
+                with draining(asking.interrupted):
                     asking.workers = [asyncio.create_task(asking.work(missing)) for _ in range(asking.pace.most)]
                     await asyncio.gather(*asking.workers, return_exceptions=True)
             finally:
@@ -184,6 +190,7 @@ class _Round:
         self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []
+        self._sending: set[asyncio.Task[Any] | None] = set()
         self._one_by_one = False  # the server refused n
         self._holding = 0
         self._settled = asyncio.Event()
@@ -193,8 +200,18 @@ class _Round:
         self.advance(draws)
 
     def stop(self, error: BaseException) -> None:
-        """Send nothing more; what is in flight may still come in."""
+        """Send nothing more, and wait for nothing but answers on their way: these are paid for."""
         self.error = self.error or error
+        for worker in self.workers:
+            if worker not in self._sending and worker is not asyncio.current_task():
+                worker.cancel()
+
+    def interrupted(self, why: Interrupted) -> None:
+        """A first signal: what is in flight has a while to come in. The second one ends the run at once."""
+        say(f"stopping: {len(self._sending)} requests are in flight, they get {DRAIN_S:.0f} s; again to leave at once")
+        self.stop(why)
+        for worker in self.workers:
+            asyncio.get_running_loop().call_later(DRAIN_S, worker.cancel)
 
     def finish(self) -> None:
         """Raise what stopped the round, or what went wrong in a worker."""
@@ -265,7 +282,8 @@ class _Round:
         outcome: Outcome = await retrying(self._attempt, request)
         error = ending(outcome, self.pace.answered) if isinstance(outcome, Failure) else None
         if isinstance(outcome, Failure) and error is not None:
-            raise error(f"models.{self.model.name}: {outcome.detail}; stored answers are kept")
+            advice = WHAT_TO_DO.get(outcome.reason, "mend that, then run again")
+            raise error(f"models.{self.model.name}: {outcome.detail}; {advice}; stored answers are kept")
         return outcome
 
     async def _attempt(self, request: Request) -> Outcome:
@@ -296,15 +314,15 @@ class _Round:
             else:
                 self.pace.works()
                 return outcome
-            if self.error is not None:  # the run is stopping: put off no longer
-                return outcome
 
     async def _send(self, request: Request) -> Outcome:
         """Reserve, commit the intent, send, commit the body, read it, file it: in this order."""
         hold = await self._reserve(request)
+        self._sending.add(asyncio.current_task())
         try:
             return await self._exchange(request, hold)
         finally:
+            self._sending.discard(asyncio.current_task())
             self._holding -= 1
             self._settled.set()
 
@@ -348,36 +366,6 @@ class _Round:
         self.tally.usage = self.tally.usage.plus(usage)
         self.tally.usd += usd
         return outcome
-
-
-@contextmanager
-def _signals(asking: _Round) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: the first one sends nothing more and waits for what is in flight, the second one leaves."""
-    loop = asyncio.get_running_loop()
-
-    def leave() -> None:
-        for worker in asking.workers:
-            worker.cancel()
-
-    def heard(which: signal.Signals) -> None:
-        if asking.error is not None:
-            leave()
-            return
-        asking.stop(Interrupted("stopped; stored answers are kept, the same command goes on", which))
-        say(
-            f"stopping: waiting up to {DRAIN_S:g} s for {asking.pace.in_flight} requests in flight; again to leave at once"
-        )
-        loop.call_later(DRAIN_S, leave)
-
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    for which in before:
-        loop.add_signal_handler(which, heard, which)
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            loop.remove_signal_handler(which)
-            signal.signal(which, handler)
 
 
 def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) -> bool:

@@ -1,17 +1,18 @@
 """The command line: verbs, no logic. Heavy modules are imported by the verb that needs them."""
 
 import argparse
-import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from factory.errors import DiskError, FactoryError, RecipeError
+from factory.errors import FactoryError, RecipeError, disk_error
+from factory.signals import Interrupted, interrupting
 
 EXIT_CODES = """
 exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit, 4 key or TLS, 5 budget or quota,
 6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
-13 a batch is submitted: run the same command again to collect it, 130 interrupted
+13 a batch is submitted: run the same command again to collect it, 129/130/143 stopped
 """
 
 LOOK_FIRST_S = 5.0
@@ -22,21 +23,27 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the `factory` command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.verb(arguments) or 0)
+        with interrupting():
+            code = int(arguments.verb(arguments) or 0)
+            sys.stdout.flush()
+            return code
     except FactoryError as e:
-        print(f"factory: {e}", file=sys.stderr)
+        return _told(e)
+    except Interrupted as e:
+        print(f"factory: stopped by {e}; stored answers are kept, the same command goes on", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print("factory: stopped; stored answers are kept, the same command goes on", file=sys.stderr)
-        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+        if (error := disk_error(e, getattr(arguments, "runs", ""))) is None:
             raise
-        print(
-            f"factory: {e.strerror}: {e.filename or 'the run folder'}; free space or fix permissions, then run again",
-            file=sys.stderr,
-        )
-        return DiskError.exit_code
+        return _told(error)
+
+
+def _told(error: FactoryError) -> int:
+    print(f"factory: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +136,12 @@ def _load(arguments: argparse.Namespace) -> Any:
     named = arguments.recipe
     path = Path(named)
     if not path.is_file():
-        path = find(named if named.endswith((".yaml", ".yml")) else f"recipes/{named}.yaml")
+        try:
+            path = find(named if path.suffix in (".yaml", ".yml") else f"recipes/{named}.yaml")
+        except RecipeError:
+            raise RecipeError(
+                f"there is no recipe {named!r}: no such file, and none of that name ships; `factory ls` lists those that do"
+            ) from None
     return load(path, arguments.set)
 
 

@@ -12,11 +12,13 @@
     ├── LockedError                 10   another process holds this journal
     ├── JournalError                11   the journal is damaged
     ├── VersionError                12   the journal was written by a newer factory
-    ├── Waiting                     13   a batch is submitted; the same command again collects it
-    └── Interrupted            130, 143   Ctrl-C or SIGTERM; the same command goes on
+    └── Waiting                     13   a batch is submitted; the same command again collects it
+    (signals.Interrupted: 129, 130, 143  hang-up, Ctrl-C or SIGTERM; the same command goes on)
 
 A message says what is wrong, where, and what to do. The command line prints it without a traceback.
 """
+
+import errno
 
 
 class FactoryError(Exception):
@@ -73,6 +75,31 @@ class DiskError(FactoryError):
     exit_code = 9
 
 
+_IN_THE_WAY = "something else stands in its place: move it away, or choose another folder"
+_ADVICE = {
+    errno.ENOSPC: "free some space, then run again",
+    errno.EDQUOT: "free some of your quota, then run again",
+    errno.EFBIG: "raise the limit on the size of files, then run again",
+    errno.EACCES: "give yourself the right to it, or choose another folder",
+    errno.EPERM: "give yourself the right to it, or choose another folder",
+    errno.EROFS: "mount it writable, or choose another folder",
+    errno.EIO: "look at the disk's health before you go on",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), then run again",
+    errno.ENFILE: "close other programs, then run again",
+}
+
+
+def disk_error(error: OSError, where: object = "") -> DiskError | None:
+    """What the operating system refused, as an error for people; None if it is not about files and folders."""
+    if error.errno not in _ADVICE:
+        return None
+    return DiskError(f"{error.filename or where or 'the run folder'}: {error.strerror}; {_ADVICE[error.errno]}")
+
+
 class LockedError(FactoryError):
     """Another process holds the journal."""
 
@@ -95,11 +122,3 @@ class Waiting(FactoryError):
     """A batch is submitted and not done yet; the same command again collects it and goes on."""
 
     exit_code = 13
-
-
-class Interrupted(FactoryError):
-    """A signal asked the run to stop; the exit code is 128 + its number, as shells have it."""
-
-    def __init__(self, told: str, signal: int) -> None:
-        super().__init__(told)
-        self.exit_code = 128 + signal

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from factory.errors import DiskError, JournalError, LockedError, VersionError
+from factory.errors import DiskError, JournalError, LockedError, VersionError, disk_error
 from factory.rows import TRUNCATED, Failure, Reason, Request, Usage, digest
 
 VERSION = 1
@@ -150,27 +150,26 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._failed: DiskError | None = None
         self._ops: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
-            created = not path.exists()
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            if created:
-                path.chmod(0o600)
             self._prepare()
         except OSError as e:
-            raise DiskError(
-                f"cannot open the journal {path}: {e.strerror}; check the folder's permissions and space"
-            ) from None
+            raise disk_error(e, path) or DiskError(f"{path}: {e.strerror}; choose another folder") from None
         self._tick: Callable[[sqlite3.Connection], Any] | None = None
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
         self._writer.start()
 
     def _prepare(self) -> None:
+        created = not self.path.exists()
         try:
+            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            if created:
+                self.path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -217,6 +216,8 @@ class Journal:
                     self._ops.put(None)
                     break
                 batch.append(more)
+            # whoever has given up waiting is written for all the same, but not told
+            waiting = [future.set_running_or_notify_cancel() for _, future in batch]
             if not batch:
                 continue
             try:
@@ -226,12 +227,14 @@ class Journal:
             except Exception as e:  # a full disk, most likely: every waiting request must hear of it
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                error = DiskError(f"cannot write the journal {self.path}: {e}; free some space and run again")
-                for _, future in batch:
-                    future.set_exception(error)
+                self._failed = DiskError(f"cannot write the journal {self.path}: {e}; free some space and run again")
+                for (_, future), listens in zip(batch, waiting, strict=True):
+                    if listens:
+                        future.set_exception(self._failed)
             else:
-                for (_, future), result in zip(batch, results, strict=True):
-                    future.set_result(result)
+                for (_, future), result, listens in zip(batch, results, waiting, strict=True):
+                    if listens:
+                        future.set_result(result)
 
     def write(self, act: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -280,8 +283,10 @@ class Journal:
         await asyncio.wrap_future(self.write(act))
 
     async def flush(self) -> None:
-        """Wait until everything written so far is committed."""
+        """Wait until everything written so far is committed; DiskError if some of it could not be."""
         await asyncio.wrap_future(self.write(lambda db: None))
+        if self._failed is not None:
+            raise self._failed
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 from factory.ask import Model
 from factory.errors import RecipeError
 from factory.teachers import ModelEntry
+from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
 from factory.teachers.transformers import Transformers
 from factory.teachers.vllm import Vllm
@@ -42,6 +43,13 @@ class Models:
         if name not in self._identities:
             self._identities[name] = entry.identity(self.runs)
         return self._identities[name]
+
+    def ready(self, name: str) -> None:
+        """Raise what would stop this model from being asked: no key, no weights, no file."""
+        entry = self.entry(name)
+        self.identity(name)
+        if isinstance(entry, OpenAI):
+            entry.key()
 
     def open(self, name: str) -> Model:
         entry = self.entry(name)

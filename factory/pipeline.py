@@ -1,17 +1,17 @@
 """The whole run on one screen: steps in order, each from folders to a folder, each done once.
 
-A step's folder is named by a hash of its knobs, its inputs and the models it asks; if that folder is complete, nothing
-runs. So the same command again does nothing twice, and a changed filter re-runs from there and asks the teacher nothing.
+A step's folder is named by a hash of all that makes it (`naming.py`); if that folder is complete, nothing runs. So the
+same command again does nothing twice, and a changed filter re-runs from there and asks the teacher nothing.
 """
 
 import asyncio
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from functools import cached_property, partial
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
-from factory.filters.rules import Tokens
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import Judge, judge
 from factory.models import Models
+from factory.naming import Naming
 from factory.pair import PairUp, pair
 from factory.plan import Step, Until, plan
-from factory.progress import bar, say
+from factory.progress import bar, growing, say
 from factory.prompt_spool import spooled
 from factory.prompts import PromptLists, lint, load
 from factory.recipe import Recipe, find
@@ -45,11 +45,6 @@ from factory.shape import Shape, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
 from factory.weights import Weights
-
-VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
-}  # fmt: skip
-"""Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
 UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
 
@@ -67,15 +62,16 @@ def run(
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
         work = Work(recipe, runs, journal, max_failed, retry_failed, wait)
-        work.begin()
+        work.begin(steps)
         try:
             for step in steps:
                 work.do(step)
             work.publish(steps)
         except BaseException as e:
-            work.note("waiting" if isinstance(e, Waiting) else "stopped", steps)
+            with suppress(OSError):  # on a full disk, what stopped us tells more
+                work.note("waiting" if isinstance(e, Waiting) else "stopped")
             raise
-        work.note("done", steps)
+        work.note("done")
         report.build(work.folder)
         work.check_failures(steps)
     return work.folder
@@ -94,14 +90,15 @@ class Work:
         self.rows: dict[str, dict[str, int]] = {}
         students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
         self.models = Models(recipe.models, next(iter(students), None), runs)
+        self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
         if retry_failed:
             forgive(journal, recipe.name)
         wall = Wall(recipe.budget, journal.spent(recipe.name))
         self.desk = Desk(journal, wall, recipe.name, max_failed, retry_failed, wait)
 
-    def begin(self) -> None:
-        """Prompts in, and what is odd about them said before anything is sent."""
+    def begin(self, steps: list[Step]) -> None:
+        """Before anything is sent: prompts in, what is odd about them said, missing keys and weights found."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stop_orphans(self.runs / "servers")
         for line in lint(self.prompts):
@@ -111,14 +108,17 @@ class Work:
                 load_rubric(find(stage.rubric))
         resolved = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         write_bytes(self.folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
+        self.note("unfinished")
+        for name in self.naming.needed(steps):
+            self.models.ready(name)
 
     @cached_property
     def prompts(self) -> PromptLists:
         return load(self.recipe.prompts, self.recipe.seed, find)
 
-    def note(self, status: str, steps: list[Step]) -> None:
-        """The run's own manifest: which stage folders belong to it now."""
-        folders = [self.made[step.number].path.name for step in steps if step.number in self.made]
+    def note(self, status: str) -> None:
+        """The run's own manifest: which stage folders belong to it now. One that is killed stays `unfinished`."""
+        folders = [folder.path.name for folder in self.made.values()]
         versions = {"factory": __version__, "python": platform.python_version()}
         recipe_hash = digest(self.recipe.model_dump(mode="json", by_alias=True))
         facts = {"name": self.recipe.name, "recipe_hash": recipe_hash, "seed": self.recipe.seed, "status": status}
@@ -142,7 +142,7 @@ class Work:
 
     def do(self, step: Step) -> None:
         """Do one step, unless its folder is there already."""
-        folder = StageFolder(self.folder / f"{step.title}-{self._hash(step)}")
+        folder = self.naming.place(step, self.made)
         if folder.complete and not (self.retry_failed and _unanswered(folder.manifest)):
             say(f"{step.title}: done already")
         else:
@@ -153,6 +153,7 @@ class Work:
                 f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed"
             )
         self.made[step.number] = folder
+        self.note("unfinished")
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
 
@@ -164,33 +165,6 @@ class Work:
             except Waiting:
                 if self.desk.wait is None:
                     raise
-
-    def _hash(self, step: Step) -> str:
-        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
-        knobs = step.knobs.model_dump(mode="json", exclude=names)
-        inputs = [self.made[number].manifest["content"] for number in step.reads]
-        prompts = [self.prompts.digest(name) for name in step.sets]
-        models = [self.models.identity(name) for name in self._asked(step)]
-        files = [digest(find(path).read_text(errors="replace")) for path in _files(step)]
-        facts = [step.knobs.kind, VERSIONS[step.knobs.kind], knobs, inputs, prompts, models, files, self.recipe.seed]
-        if isinstance(step.knobs, Generate) and (step.knobs.until or step.knobs.want):
-            facts.append([stage.model_dump(mode="json") for stage in self._filters_after(step)])
-        return digest(*facts, size=4)
-
-    def _asked(self, step: Step) -> list[str]:
-        match step.knobs:
-            case Generate() as knobs:
-                return [*knobs.models, *([knobs.fallback] if knobs.fallback else [])]
-            case Judge() as knobs:
-                return [knobs.model]
-            case Train() as knobs:
-                return [knobs.student]
-            case Evaluate() as knobs:
-                return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
-            case Curate() as knobs:
-                return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
-            case _:
-                return []
 
     def _make(self, step: Step, out: StageWriter) -> StageFolder:
         started = time.monotonic()
@@ -210,7 +184,7 @@ class Work:
             case Evaluate() as knobs:
                 planned = self._evaluate(knobs, step, out, facts)
             case Given():
-                planned = _put_all(out, given(self._prompts(step)))
+                planned = _put_all(out, given(self._prompts(step)), step.title)
             case PairUp() as knobs:
                 planned = self._pair(knobs, step, out)
             case Curate() as knobs:
@@ -218,11 +192,11 @@ class Work:
                 _put_all(out, curate(knobs, partial(self._groups, step), self.models), step.title, planned)
             case Choose() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, choose(knobs, self._groups(step)))
+                _put_all(out, choose(knobs, self._groups(step)), step.title, planned)
             case Shape() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, shape(knobs, self._groups(step)))
-        if "requests" in facts and (servers := self.models.served(self._asked(step))):
+                _put_all(out, shape(knobs, self._groups(step)), step.title, planned)
+        if "requests" in facts and (servers := self.models.served(self.naming.asked(step))):
             facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)
         return out.finish(facts, planned)
@@ -252,15 +226,10 @@ class Work:
         opened = knobs.ask.open(find)
         return lambda prompt: opened.messages(prompt, self.recipe.seed)
 
-    def _view(self, until: int | None = None) -> Shape:
-        """How the student sees a prompt: by the last `shape` before a step, or erased to the plain prompt."""
-        shapes = [s for s in self.recipe.stages[:until] if isinstance(s, Shape)]
-        return shapes[-1] if shapes else Shape()
-
     # -- the steps that are more than a generator --------------------------------------------------------------------------
 
     def _generate(self, knobs: Generate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
-        looked_at = self._filters_after(step) if knobs.until or knobs.want else []
+        looked_at = self.naming.accepting(step) if knobs.until or knobs.want else []
         filters = [f for stage in looked_at for f in row_filters(stage, self.models)]
         teaching = Teaching(
             knobs, self.models, self.desk, self.asker(knobs), self.recipe.seed,
@@ -275,25 +244,19 @@ class Work:
         facts |= _cost(teaching.tallies)
         return teaching.planned
 
-    def _filters_after(self, step: Step) -> list[Curate]:
-        """The `filter` stages right behind a `generate`: what an accepted answer is."""
-        stages = self.recipe.stages
-        at = next(i for i, stage in enumerate(stages) if stage is step.knobs)
-        return list(takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :]))
-
     def _judge(self, knobs: Judge, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
         total, model = self._rows_in(step), self.models.open(knobs.model)
         rubric = load_rubric(find(knobs.rubric))
         reopen = partial(self._samples, step)
         tally, scored = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
-        _put_all(out, scored)
+        _put_all(out, scored, step.title, total)
         facts |= _cost([tally])
         return total
 
     def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
         """The unit is the prompt, and each gives one row: a pair, or the reason why not."""
-        view = partial(student_view, self._view())
-        _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view))
+        view = partial(student_view, self.recipe.view())
+        _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view), step.title)
         return sum(1 for _ in self._groups(step))
 
     def _train(self, knobs: Train, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
@@ -312,10 +275,10 @@ class Work:
             raise RecipeError(
                 f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`"
             )
-        with _training_bar(step.title) as progress:
+        with growing(step.title) as reached:
             told = train(
                 knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
-                seed=self.recipe.seed, on_progress=progress,
+                seed=self.recipe.seed, on_progress=lambda told: reached(told["step"], told["steps"]),
             )  # fmt: skip
         facts |= {"student": knobs.as_, "method": knobs.method, "model": "model"}
         out.counts["kept"] += told["rows_trained"]
@@ -328,11 +291,13 @@ class Work:
         prompts = list(chain.from_iterable(self.prompts.test(name) for name in step.sets))
         if not prompts:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
-        taught = next((s for s in self.recipe.stages if isinstance(s, Generate) and knobs.teacher in s.models), None)
+        taught = self.recipe.taught(knobs.teacher)
         filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
         examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed)
         asker = self.asker(taught) if taught else None
-        data, answers = asyncio.run(evaluate(examiner, filters, partial(student_view, self._view()), taught, asker))
+        data, answers = asyncio.run(
+            evaluate(examiner, filters, partial(student_view, self.recipe.view()), taught, asker)
+        )
         for answer in answers:
             out.put(answer)
         write_json(out.folder / "evaluation.json", data)
@@ -358,6 +323,8 @@ class Work:
         self.rows = dataset.write(
             self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps)
         )
+        if not any(splits["train"] for splits in self.rows.values()):
+            say(f"the data set has no rows; `factory show {self.recipe.name}` tells where they went")
 
     def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
         """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""
@@ -369,7 +336,7 @@ class Work:
         else:
             held_out = chain.from_iterable(self.prompts.test(prompt_set.title) for prompt_set in self.recipe.prompts)
             answers = (s for s in given(held_out) if accepts(filters, s) is None)
-        yield from (row for row in shape(self._view(), by_prompt(answers)) if isinstance(row, TrainRow))
+        yield from (row for row in shape(self.recipe.view(), by_prompt(answers)) if isinstance(row, TrainRow))
 
     def _card(self, steps: list[Step]) -> dict[str, Any]:
         """The facts that the data set's card is made of; nothing that changes from run to run."""
@@ -383,15 +350,16 @@ def _rows(folders: list[StageFolder], kind: Any) -> Iterator[Any]:
     return chain.from_iterable(folder.rows(kind) for folder in folders)
 
 
-def _put_all(out: StageWriter, rows: Iterable[Row], label: str = "", total: int = 0) -> int:
-    """Write all rows; returns how many. With a label it shows progress."""
+def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:
+    """Write all rows, showing how far it is; returns how many."""
     count = 0
-    with bar(label or out.final.name, total) as advance:
+    with bar(label, total) as advance:
         for row in rows:
             out.put(row)
             count += 1
             if count % 100 == 0:
                 advance(100)
+        advance(count % 100)
     return count
 
 
@@ -423,33 +391,3 @@ def _cost(tallies: list[Tally]) -> dict[str, Any]:
         "usd": str(sum((t.usd for t in tallies), Decimal(0))),
         "compute_seconds": round(sum(t.usage.seconds for t in tallies), 3),
     }
-
-
-def _files(step: Step) -> list[str]:
-    """Files whose text is part of what a step does: asking messages, rubrics."""
-    match step.knobs:
-        case Judge() as knobs:
-            return [knobs.rubric]
-        case Generate() as knobs if path := getattr(knobs.ask, "path", None):
-            return [path]
-        case _:
-            return []
-
-
-@contextmanager
-def _training_bar(label: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar over training steps, whose number is known with the first message."""
-    with ExitStack() as stack:
-        advance: list[Callable[[int], None]] = []
-        done = 0
-
-        def told(message: dict[str, Any]) -> None:
-            nonlocal done
-            if "step" not in message:
-                return
-            if not advance:
-                advance.append(stack.enter_context(bar(label, int(message["steps"]))))
-            advance[0](int(message["step"]) - done)
-            done = int(message["step"])
-
-        yield told

@@ -50,14 +50,13 @@ def plan(recipe: Recipe, until: Until = "run") -> list[Step]:
 
 
 def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
-    """`build` ends before the first train, `train` after the last one; without a train both mean everything."""
-    trains = [i for i, stage in enumerate(recipe.stages) if isinstance(stage, Train)]
+    """`build` ends before the first train, `train` after the last, `eval` after the last evaluate; else all stages."""
     stages: list[Stage] = recipe.stages
-    if until == "build" and trains:
-        return stages[: trains[0]]
-    if until == "train" and trains:
-        return stages[: trains[-1] + 1]
-    return stages
+    last: type[Stage] = Evaluate if until == "eval" else Train
+    ends = [i for i, stage in enumerate(stages) if isinstance(stage, last)]
+    if until == "run" or not ends:
+        return stages
+    return stages[: ends[0] if until == "build" else ends[-1] + 1]
 
 
 class _Drawing:

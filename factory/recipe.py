@@ -52,6 +52,16 @@ class Recipe(Knobs):
         """The students that this recipe makes, by name."""
         return {stage.as_: stage for stage in self.stages if isinstance(stage, Train)}
 
+    def view(self) -> Shape:
+        """How students see a prompt: by the last `shape`, or erased to the plain prompt."""
+        shapes = [stage for stage in self.stages if isinstance(stage, Shape)]
+        return shapes[-1] if shapes else Shape()
+
+    def taught(self, teacher: str | None) -> Generate | None:
+        """The first `generate` that names a teacher: it is measured as it was asked there."""
+        asking = (stage for stage in self.stages if isinstance(stage, Generate))
+        return next((stage for stage in asking if teacher in stage.models), None)
+
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe with its parents and `--set` overrides; RecipeError lists every problem found."""
@@ -115,7 +125,11 @@ def _with_parents(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Any, dict[Pa
         return data, places
     parent_name = str(data.pop("extends"))
     beside = path.parent / parent_name
-    parent, parent_places = _with_parents(beside if beside.exists() else find(parent_name), (*seen, path.resolve()))
+    try:
+        there = beside if beside.exists() else find(parent_name)
+    except RecipeError as e:
+        raise RecipeError(f"{_place(('extends',), data, places, path)}: extends: {e}") from None
+    parent, parent_places = _with_parents(there, (*seen, path.resolve()))
     return _merge(parent, data, (), parent_places, places), parent_places
 
 
@@ -143,8 +157,10 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
     *parents, last = keys.split(".")
     for key in parents:
         step = _step(here, key, override)
-        if isinstance(here, dict) and step not in here:
+        if isinstance(here, dict) and here.get(step) is None:
             here[step] = {}
+        elif isinstance(here, list) and step == len(here):
+            here.append({})
         here = here[step]
         path.append(step)
     step = _step(here, last, override)
@@ -161,13 +177,14 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
 
 def _step(here: Any, key: str, override: str) -> Any:
     if isinstance(here, list):
-        if not key.isdigit() or int(key) > len(here):
+        if not key.isdecimal() or int(key) > len(here):
             raise RecipeError(
                 f"--set {override}: {key!r} is not one of the {len(here)} items of that list (they count from 0)"
             )
         return int(key)
     if not isinstance(here, dict):
-        raise RecipeError(f"--set {override}: nothing below {key!r} can be set")
+        told = "nothing" if here is None else f"the plain value {here!r}"
+        raise RecipeError(f"--set {override}: {key!r} cannot be set below {told}; set what holds it as a whole")
     return key
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from factory.batch_journal import listed
+from factory.errors import RecipeError
 from factory.recipe import shipped
-from factory.run import StageFolder
 
 
 def listing(runs: Path) -> str:
@@ -21,7 +21,11 @@ def listing(runs: Path) -> str:
     lines.append("runs")
     manifests = sorted(runs.glob("*/manifest.json"))
     for path in manifests:
-        lines.append(f"  {path.parent.name:22} {_json(path)['status']:8} {path.parent}")
+        try:
+            status = _json(path).get("status", "")
+        except RecipeError:
+            status = "unreadable"
+        lines.append(f"  {path.parent.name:22} {status:10} {path.parent}")
     return "\n".join(lines if manifests else [*lines, f"  none in {runs}/"])
 
 
@@ -34,7 +38,7 @@ def describe(folder: Path) -> str:
         f"{'stage':24} {'unit':8} {'in':>7} {'kept':>7} {'dropped':>8} {'failed':>7}  reasons",
     ]
     for name in manifest["stages"]:
-        stage = StageFolder(folder / name).manifest
+        stage = _json(folder / name / "manifest.json")
         reasons = ", ".join(f"{reason} {count}" for reason, count in stage["reasons"].items())
         title = name.rpartition("-")[0]
         lines.append(
@@ -55,5 +59,8 @@ def describe(folder: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+    try:
+        data = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as e:
+        raise RecipeError(f"{path} cannot be read ({e}); run the recipe again to make it anew") from None
     return data

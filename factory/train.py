@@ -125,16 +125,20 @@ def train(
     with log.open("wb") as stderr:
         child = subprocess.Popen(
             [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-            env=child_environment() | _trackers(),
+            env=child_environment() | _trackers(), start_new_session=True,
         )  # fmt: skip
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(b"{"):
-                on_progress(json.loads(line))
-        code = child.wait()
         assert child.stdin is not None
-        child.stdin.close()
-        child.stdout.close()
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                if line.startswith(b"{"):
+                    on_progress(json.loads(line))
+            code = child.wait()
+        finally:
+            child.kill()  # of use only when we are stopped ourselves
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
     if code == REFUSED:
         raise RecipeError(f"train {knobs.as_}: " + (out / "refused.txt").read_text())
     if code != 0:

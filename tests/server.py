@@ -71,6 +71,16 @@ def error(status: int, message: str, code: str = "", **headers: str) -> web.Resp
     return web.Response(status=status, text=body, content_type="application/json", headers=headers)
 
 
+def held(gate: threading.Event) -> Script:
+    """Answers that wait until the gate is set: requests stay in flight for as long as a test wants."""
+
+    async def script(body: dict[str, Any], before: int) -> None:
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+
+    return script
+
+
 @asynccontextmanager
 async def serving(script: Script | None = None, delay_s: float = 0.0) -> AsyncIterator[Server]:
     """A server on a free port of 127.0.0.1; `server.url` is its base_url."""

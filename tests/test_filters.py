@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from factory.filters.pattern import LIMIT_S, PATIENCE
 from factory.filters.rules import Tokens
 from factory.rows import Sample
+from tests.command import factory, funnel
 from tests.refusal_lists import ANSWERS, REFUSALS
 from tests.sample_rows import answer, answers, ends, filtered, one_filter, prompt
-from tests.test_pipeline import factory, funnel
 from tests.tiny import tiny_model
 
 BECAUSE = {"format": {"pattern": r"Because: .+\nAnswer: .+"}}

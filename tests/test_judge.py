@@ -17,9 +17,9 @@ from factory.judge import Judge, judge
 from factory.rows import Message, Sample
 from factory.rubric import Head, Rubric, load, read_score, render
 from factory.teachers.openai import OpenAI
+from tests.command import factory, funnel, read_jsonl
 from tests.sample_rows import answer, answers, ends, prompt
 from tests.server import chat, error, in_thread, serving
-from tests.test_pipeline import factory, funnel, read_jsonl
 
 SHIPPED = Path(__file__).parent.parent / "prompts/rubrics/helpfulness.md"
 HEAD = "---\nname: brevity\nscale: [1, 5]\norigin: made for tests\nlicence: Apache-2.0\n---\n"

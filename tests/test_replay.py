@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tests.command import QUESTIONS, factory, folder, read_jsonl, recipe
 from tests.server import chat, in_thread
-from tests.test_pipeline import QUESTIONS, factory, folder, read_jsonl, recipe
 
 STAGES = "  - generate: {model: teacher, n: 2, temperature: 0.7, max_tokens: 2000}\n"
 

@@ -60,6 +60,7 @@ class TransformersTeacher:
         self._waiting: dict[int, asyncio.Future[bytes | Failure]] = {}
         self._number = 0
         self._starts = 0
+        self._broken: EngineError | None = None
         self._starting: asyncio.Lock | None = None
 
     async def send(self, request: Request) -> bytes | Failure:
@@ -107,6 +108,8 @@ class TransformersTeacher:
         return await future
 
     async def _start(self) -> None:
+        if self._broken is not None:
+            raise self._broken  # whoever waited for the same start need not try again
         if self._starts == MAX_STARTS:
             raise EngineError(
                 f"the local model {self.entry.model} died {MAX_STARTS} times; last words: {self._last_words()}"
@@ -123,14 +126,15 @@ class TransformersTeacher:
         self._child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "factory.teachers.transformers_worker", json.dumps(settings),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._errors, limit=MAX_LINE,
-            env=child_environment(),
+            env=child_environment(), start_new_session=True,  # a Ctrl-C is ours to handle, not the child's
         )  # fmt: skip
         ready: asyncio.Future[bytes | Failure] = asyncio.get_running_loop().create_future()
         self._waiting[0] = ready
         self._reader = asyncio.create_task(self._read_lines(self._child))
         told = await ready
         if isinstance(told, Failure):
-            raise EngineError(f"cannot load the model {self.entry.model}: {told.detail}")
+            self._broken = EngineError(f"cannot load the model {self.entry.model}: {told.detail}")
+            raise self._broken
 
     async def _read_lines(self, child: asyncio.subprocess.Process) -> None:
         assert child.stdout is not None

@@ -1,0 +1,114 @@
+"""The name of a step's folder: a hash of everything that decides what will be in it.
+
+Same name, same content: a folder that is there is not made again, and a changed knob, input, file or model makes
+another one, from that step on.
+"""
+
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+
+from factory.curate import Curate
+from factory.evaluate import Evaluate
+from factory.filters.rules import Tokens
+from factory.generate import Generate
+from factory.judge import Judge
+from factory.models import Models
+from factory.pair import PairUp
+from factory.plan import Step
+from factory.prompts import PromptLists
+from factory.recipe import Recipe, Stage, find
+from factory.rows import digest
+from factory.run import StageFolder
+from factory.train import Train
+
+VERSIONS = {
+    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
+}  # fmt: skip
+"""Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
+
+Made = dict[int, StageFolder]
+"""The folders of earlier steps, by the steps' numbers."""
+
+
+class Naming:
+    """Names the step folders of one run."""
+
+    def __init__(self, recipe: Recipe, prompts: PromptLists, models: Models, folder: Path) -> None:
+        self.recipe, self.prompts, self.models, self.folder = recipe, prompts, models, folder
+
+    def place(self, step: Step, made: Made) -> StageFolder:
+        """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
+        kind = step.knobs.kind
+        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
+        named = digest(
+            kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
+            [made[number].manifest["content"] for number in step.reads],
+            [self.prompts.digest(name) for name in step.sets],
+            [self.models.identity(name) for name in self.asked(step)],
+            [digest(find(path).read_text(errors="replace")) for path in _files(step)],
+            [stage.model_dump(mode="json") for stage in self._also_read(step)],
+            self.recipe.seed, size=4,
+        )  # fmt: skip
+        return StageFolder(self.folder / f"{step.title}-{named}")
+
+    def needed(self, steps: list[Step]) -> list[str]:
+        """The recipe's models that steps still to do will ask. Behind a student that is not trained, no place is known."""
+        students = self.recipe.trained()
+        done: Made = {}
+        needed: list[str] = []
+        for step in steps:
+            names = self.asked(step)
+            if done.keys() >= set(step.reads) and not set(names) & students.keys() - self.models.trained:
+                folder = self.place(step, done)
+                if folder.complete:
+                    done[step.number] = folder
+            if step.number not in done:
+                needed += [name for name in names if name not in students]
+            elif isinstance(step.knobs, Train):
+                self.models.add_student(step.knobs.as_, done[step.number].path / "model")
+        return list(dict.fromkeys(needed))
+
+    def asked(self, step: Step) -> list[str]:
+        """The models that a step asks, trains, or takes a tokenizer from."""
+        match step.knobs:
+            case Generate() as knobs:
+                return [*knobs.models, *([knobs.fallback] if knobs.fallback else [])]
+            case Judge() as knobs:
+                return [knobs.model]
+            case Train() as knobs:
+                return [knobs.student]
+            case Evaluate() as knobs:
+                return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
+            case Curate() as knobs:
+                return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
+            case _:
+                return []
+
+    def accepting(self, step: Step) -> list[Curate]:
+        """The `filter` stages right behind a `generate`: what an accepted answer is."""
+        stages = self.recipe.stages
+        at = next(i for i, stage in enumerate(stages) if stage is step.knobs)
+        return list(takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :]))
+
+    def _also_read(self, step: Step) -> Iterator[Stage]:
+        """Other stages whose knobs decide what a step makes: how answers are asked for, accepted, and seen."""
+        if isinstance(step.knobs, Generate) and (step.knobs.until or step.knobs.want):
+            yield from self.accepting(step)
+        if isinstance(step.knobs, Evaluate | PairUp):
+            yield self.recipe.view()
+        if isinstance(step.knobs, Evaluate):
+            yield from (stage for stage in self.recipe.stages if isinstance(stage, Curate))
+            if taught := self.recipe.taught(step.knobs.teacher):
+                yield taught
+
+
+def _files(step: Step) -> list[str]:
+    """Files whose text is part of what a step does: asking messages, rubrics."""
+    match step.knobs:
+        case Judge() as knobs:
+            return [knobs.rubric]
+        case Generate() as knobs if path := getattr(knobs.ask, "path", None):
+            return [path]
+        case _:
+            return []

@@ -168,4 +168,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in LOOPS:
         Path(sys.argv[3]).write_text(json.dumps(LOOPS[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))))
     else:
-        main(__doc__, measure, prompts=(192, 12), tokens=(64, 8), pairs=(5, 1))
+        main(__doc__, measure, prompts=(96, 12), tokens=(48, 8), pairs=(5, 1))

@@ -39,8 +39,9 @@ class Naming:
     def place(self, step: Step, made: Made) -> StageFolder:
         """Where a step's result is, or will be."""
         kind = step.knobs.kind
+        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
         named = digest(
-            kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude={"as_", "from_"}),
+            kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
             [made[number].path.name.rpartition("-")[2] for number in step.reads],
             [self.prompts.digest(name) for name in step.sets],
             [self.models.identity(name) for name in self._asked(step)],

@@ -284,6 +284,8 @@ class Work:
                 dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test)
             )
         dataset.write(self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps))
+        if not any(self.made[number].manifest["kept"] for _, reads in sources for number in reads):
+            say(f"the data set has no rows; `factory show {self.recipe.name}` tells where they went")
 
     def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
         """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""

@@ -2,16 +2,16 @@
 
 A rubric is Markdown with a YAML head (`name`, `scale: [low, high]`, `origin`, `licence`) and the blanks
 `{{ prompt }}`, `{{ response }}`, `{{ reference }}`. Only the file is a template: what fills the blanks is data.
+`examples` in the head are graded turns before the real one: a small judge follows examples where it ignores orders.
 A score that cannot be read is missing. The best-known preference set read "1" as 10 in thousands of rows.
 """
 
 import re
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import jinja2.sandbox
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, model_validator
 
 from factory import yamlfile
 from factory.errors import RecipeError
@@ -23,6 +23,15 @@ _MARKER = re.compile(r"^[\s>*_#-]*score[*_\s]*:[*_\s]*(.*)$", re.IGNORECASE | re
 _PLAIN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+))?[\s.*_]*")
 
 
+class Example(Knobs):
+    """An answer with the score that it should get."""
+
+    prompt: str
+    response: str
+    reference: str = ""
+    score: float
+
+
 class Rubric(Knobs):
     """A loaded rubric; `scale` is inclusive on both ends."""
 
@@ -31,13 +40,16 @@ class Rubric(Knobs):
     origin: str
     licence: str
     template: jinja2.Template
+    examples: list[Example] = []
 
-    @field_validator("scale")
-    @classmethod
-    def _ascends(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not scale[0] < scale[1]:
+    @model_validator(mode="after")
+    def _on_the_scale(self) -> "Rubric":
+        low, high = self.scale
+        if not low < high:
             raise ValueError("scale must be [low, high] with low < high")
-        return scale
+        if wrong := [one.score for one in self.examples if not low <= one.score <= high]:
+            raise ValueError(f"an example has the score {wrong[0]:g}, which is not on the scale")
+        return self
 
 
 def load(path: Path) -> Rubric:
@@ -66,11 +78,20 @@ def load(path: Path) -> Rubric:
 
 
 def render(rubric: Rubric, sample: Sample) -> list[Message]:
-    """What the judge is asked about a sample."""
-    values: dict[str, Any] = {
-        "prompt": sample.prompt.text, "response": sample.response, "reference": sample.prompt.reference or "",
-    }  # fmt: skip
-    return [Message(role="user", content=rubric.template.render(**values))]
+    """What the judge is asked about a sample, after the examples with their scores."""
+    turns: list[Message] = []
+    for one in rubric.examples:
+        turns += [_asked(rubric, one.prompt, one.response, one.reference), _scored(one.score)]
+    return [*turns, _asked(rubric, sample.prompt.text, sample.response, sample.prompt.reference or "")]
+
+
+def _asked(rubric: Rubric, prompt: str, response: str, reference: str) -> Message:
+    text = rubric.template.render(prompt=prompt, response=response, reference=reference)
+    return Message(role="user", content=text)
+
+
+def _scored(score: float) -> Message:
+    return Message(role="assistant", content=f"Score: {score:g}")
 
 
 def read_score(rubric: Rubric, text: str) -> float | None:

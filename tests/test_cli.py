@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from tests.command import (
-    ASKED, ROOT, STAGES, environment, factory, folder, read_jsonl, recipe, started, told, typed, until,
+    ASKED,
+    ROOT,
+    STAGES,
+    environment,
+    factory,
+    folder,
+    read_jsonl,
+    recipe,
+    started,
+    told,
+    typed,
+    until,
 )  # fmt: skip
 from tests.server import chat, held, in_thread
 
@@ -26,7 +37,17 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "vllm", "openai", "pyarrow"
 
 @pytest.mark.parametrize(
     "command",
-    ["", "--help", "check quickstart", "check cpu/orca", "check zephyr", "ls", "show tiny", "run nowhere", "build recipe.yaml"],
+    [
+        "",
+        "--help",
+        "check quickstart",
+        "check cpu/orca",
+        "check zephyr",
+        "ls",
+        "show tiny",
+        "run nowhere",
+        "build recipe.yaml",
+    ],
 )
 def test_light_commands_load_nothing_heavy(tmp_path: Path, command: str) -> None:
     """What is loaded is printed by the process itself, at its end. No command at all is `import factory` alone."""
@@ -165,7 +186,9 @@ def test_ls_and_show_tell_what_there_is(tmp_path: Path) -> None:
     assert "runs/tiny/dataset" in shown
     assert "runs/tiny/report.html" in shown
     assert typed(tmp_path, "show", "runs/tiny").stdout == shown
-    assert typed(tmp_path, "show", "tiny", "--runs", str(tmp_path / "runs")).stdout == shown.replace("runs/", f"{tmp_path}/runs/")
+    assert typed(tmp_path, "show", "tiny", "--runs", str(tmp_path / "runs")).stdout == shown.replace(
+        "runs/", f"{tmp_path}/runs/"
+    )
 
 
 def test_a_run_that_was_killed_is_listed_with_what_it_has_done(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Tiny real models for tests: a random Llama, a byte-level BPE tokenizer, a chat template; made in a second or two."""
 
 from pathlib import Path
+from typing import Any
+
+from factory.rows import Message
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -13,8 +16,14 @@ TEXT = [
 ]
 
 
-def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400) -> Path:
-    """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>."""
+def tiny_model(
+    folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400, context: int = 512,
+    text: list[str] = TEXT,
+) -> Path:  # fmt: skip
+    """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>.
+
+    `text` is what the tokenizer learns its words from, `context` the longest row in tokens.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,15 +36,45 @@ def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(TEXT, trainer)
+    bpe.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def taught_model(
+    folder: Path, asked: list[list[Message]], answers: list[str], *, steps: int = 60, **shape: Any
+) -> Path:
+    """A tiny model that answers like `answers` when it is asked like `asked` (in pairs), and ends; a few seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = [message["content"] for messages in asked for message in messages]
+    tiny_model(folder, text=[*TEXT, *words, *answers], **shape)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rows, begin = [], []
+    for messages, answer in zip(asked, answers, strict=True):
+        head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        begin.append(len(head))
+        rows.append([*head, *tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id])
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+    labels = torch.tensor([
+        [-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in zip(rows, begin, strict=True)
+    ])  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     return folder

@@ -67,7 +67,7 @@ async def judge(
 def _distinct(requests: Iterable[Request]) -> Iterator[Request]:
     """Equal answers to a prompt are asked about once."""
     for _, of_prompt in groupby(requests, key=lambda request: request.prompt):
-        yield from {(request.messages[0]["content"], request.seed): request for request in of_prompt}.values()
+        yield from {(request.messages[-1]["content"], request.seed): request for request in of_prompt}.values()
 
 
 def _scored(sample: Sample, name: str, rubric: Rubric, outcome: Choice | Failure) -> Sample:

@@ -2,18 +2,19 @@
 
 A rubric is Markdown with a YAML head (`name`, `scale: [low, high]`, `origin`, `licence`) and the blanks `{{ prompt }}`,
 `{{ response }}`, `{{ reference }}` and `{{ fence }}`, a word for the borders of the answer that the answer cannot know.
-Only the file is a template: what fills the blanks is data. A score that cannot be read is missing: the best-known
+Only the file is a template: what fills the blanks is data. `examples` in the head are graded turns before the real one: a
+small judge follows examples where it ignores orders. A score that cannot be read is missing: the best-known
 preference set read "1" as 10 in thousands of rows.
 """
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import jinja2
 import jinja2.sandbox
 from jinja2 import nodes
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from factory import yamlfile
 from factory.errors import RecipeError
@@ -28,6 +29,15 @@ _PLAIN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+))?[\s.*_]*")
 _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 
+class Example(Knobs):
+    """An answer with the score that it should get."""
+
+    prompt: str
+    response: str
+    reference: str = ""
+    score: float
+
+
 class Head(Knobs):
     """What a rubric says of itself; `scale` is inclusive on both ends."""
 
@@ -35,6 +45,7 @@ class Head(Knobs):
     scale: tuple[float, float]
     origin: str
     licence: str
+    examples: list[Example] = []
 
     @field_validator("scale")
     @classmethod
@@ -42,6 +53,12 @@ class Head(Knobs):
         if not scale[0] < scale[1]:
             raise ValueError("write [low, high] with low < high")
         return scale
+
+    @model_validator(mode="after")
+    def _examples_on_the_scale(self) -> Self:
+        if wrong := [one.score for one in self.examples if not self.scale[0] <= one.score <= self.scale[1]]:
+            raise ValueError(f"an example has the score {wrong[0]:g}, which is not on the scale")
+        return self
 
 
 class Rubric(NamedTuple):
@@ -103,12 +120,18 @@ def _template(text: str, path: Path) -> jinja2.Template:
 
 
 def render(rubric: Rubric, sample: Sample) -> list[Message]:
-    """What the judge is asked about a sample."""
-    values: dict[str, Any] = {
-        "prompt": _said(sample.prompt), "response": sample.response, "reference": sample.prompt.reference or "",
-        "fence": digest(sample.prompt.id, sample.response, size=8),
-    }  # fmt: skip
-    return [Message(role="user", content=rubric.template.render(values).strip())]
+    """What the judge is asked about a sample, after the examples with their scores."""
+    turns: list[Message] = []
+    for one in rubric.head.examples:
+        turns.append(_asked(rubric, one.prompt, one.response, one.reference))
+        turns.append(Message(role="assistant", content=f"Score: {one.score:g}"))
+    return [*turns, _asked(rubric, _said(sample.prompt), sample.response, sample.prompt.reference or "")]
+
+
+def _asked(rubric: Rubric, prompt: str, response: str, reference: str) -> Message:
+    fence = digest(prompt, response, size=8)
+    text = rubric.template.render(prompt=prompt, response=response, reference=reference, fence=fence)
+    return Message(role="user", content=text.strip())
 
 
 def _said(prompt: Prompt) -> str:

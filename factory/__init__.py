@@ -5,7 +5,7 @@ The map, in the order that data flows (a file imports only from files above it):
     rows, errors, knobs     the nouns; the error tree; what recipes are made of
     prompts                 prompt lists in: ids, train/test split, lint
     asking/                 seam 1: what is said
-    weights                 where local weights come from
+    child, weights          processes that load torch; where local weights come from
     teachers/               seam 2: who answers
     journal, budget, ask    what was paid for; the wall; the only caller of teachers
     generate                stage: draws and beams

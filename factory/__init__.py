@@ -6,7 +6,7 @@ The map, in the order that data flows (a file imports only from files above it):
     signals, run             told to stop; the run folder
     prompt_*, prompts        prompt lists in: ids, train/test split, lint
     asking/                  seam 1: what is said
-    weights                  where local weights come from
+    child, weights           processes that load torch; where local weights come from
     journal                  what was paid for
     teachers/                seam 2: who answers
     budget, pace, retry      the wall; how fast; what is sent again

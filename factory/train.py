@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from factory.child import child_environment
 from factory.errors import EngineError, RecipeError
 from factory.knobs import Knobs
-from factory.teachers.transformers import child_environment
 from factory.weights import Weights
 
 OURS = {"output_dir"}
@@ -43,8 +42,8 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
 }
 
-REFUSED = 3
-"""Exit code of the child when the preflight refuses the rows."""
+REFUSED = "refused.txt"
+"""Where the child says why, when the preflight refuses the rows: `accelerate launch` keeps exit codes to itself."""
 
 
 class Lora(Knobs):
@@ -122,25 +121,23 @@ def train(
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))
     log = out / "train.log"
-    with log.open("wb") as stderr:
-        child = subprocess.Popen(
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(
             [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             env=child_environment() | _trackers(), start_new_session=True,
-        )  # fmt: skip
-        assert child.stdin is not None
+        ) as child,
+    ):  # fmt: skip
         assert child.stdout is not None
         try:
             for line in child.stdout:
                 if line.startswith(b"{"):
                     on_progress(json.loads(line))
-            code = child.wait()
+            code = child.wait()  # its input stays open until then: the end of it would end the child
         finally:
             child.kill()  # of use only when we are stopped ourselves
-            child.wait()
-            child.stdin.close()
-            child.stdout.close()
-    if code == REFUSED:
-        raise RecipeError(f"train {knobs.as_}: " + (out / "refused.txt").read_text())
+    if (out / REFUSED).exists():
+        raise RecipeError(f"train {knobs.as_}: {(out / REFUSED).read_text()}")
     if code != 0:
         raise EngineError(f"train {knobs.as_}: the trainer ended with exit {code}: {_last_words(log)}")
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
@@ -148,19 +145,10 @@ def train(
 
 
 def _launcher() -> list[str]:
-    """One process; through `accelerate launch` where several GPUs are visible (not testable without them)."""
+    """One process; one per GPU through `accelerate launch` where several are visible."""
     gpus = _gpus()
-    if gpus > 1:
-        return [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(gpus),
-            "-m",
-            "factory.trainers.job",
-        ]
-    return [sys.executable, "-m", "factory.trainers.job"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(gpus)] if gpus > 1 else []
+    return [sys.executable, *launch, "-m", "factory.trainers.job"]
 
 
 def _gpus() -> int:
@@ -183,19 +171,3 @@ def _trackers() -> dict[str, str]:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:]) or "it printed nothing"
-
-
-def die_with_parent() -> None:
-    """For the child: end as soon as the parent has, whatever is being computed."""
-    import ctypes
-    import signal
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    def listen() -> None:
-        while os.read(0, 1024):  # not sys.stdin: its lock would still be held when Python ends
-            pass
-        os._exit(1)
-
-    threading.Thread(target=listen, daemon=True).start()

@@ -7,6 +7,7 @@ folder (safetensors and tokenizer) that transformers, TRL and vLLM load alike; `
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from factory.errors import EngineError, RecipeError
+from factory.child import child_environment, die_with_parent
+from factory.errors import EngineError, FactoryError, RecipeError
 from factory.knobs import Knobs
 from factory.rows import digest
 
@@ -52,9 +54,18 @@ def located(weights: Weights) -> Path:
             f"there are no weights at {weights.model!r}; "
             "put a model folder or a .gguf file there (`make weights` fetches a small one)"
         )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise RecipeError(f"{weights.model!r} is not a model folder: it has no config.json")
-    return path
+    return _checked(path, weights.model) if path.is_dir() else path
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """A folder that can be loaded, and safely: pickled weights can run code when they are read."""
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{name!r} is not a model folder: it has no config.json (a .gguf is named by its file)")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        why = "its weights are pickled, and reading those can run code" if pickled else "it holds no weights"
+        raise RecipeError(f"{name!r}: {why}; give a folder with .safetensors")
+    return folder
 
 
 def fingerprint(weights: Weights, cache: Path) -> str:
@@ -64,7 +75,7 @@ def fingerprint(weights: Weights, cache: Path) -> str:
         files = [path] if path.is_file() else sorted(f for glob in CONTENT for f in path.glob(glob))
         content: Any = [(f.suffix if path.is_file() else f.name, _file_hash(f, cache)) for f in files]
     else:
-        content = [weights.model, _cached_commit(weights) or weights.revision or "main"]
+        content = [weights.model, _commit(weights)]
     return digest(content, weights.dtype, weights.layers)
 
 
@@ -84,12 +95,19 @@ def _file_hash(file: Path, cache: Path) -> str:
     return known[key]
 
 
+def _commit(weights: Weights) -> str:
+    """The commit that a hub id means on this machine: pinned by the recipe, else what the cache holds, else what the hub
+    has now; fetched then, so that the first run and the next name the model alike."""
+    if re.fullmatch(r"[0-9a-f]{40}", weights.revision or ""):
+        return str(weights.revision)
+    return _cached_commit(weights) or _snapshot(weights).name
+
+
 def _cached_commit(weights: Weights) -> str | None:
     """The commit that the local hub cache holds for a model's revision."""
-    home = Path(
-        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
-    ).expanduser()
-    ref = home / f"models--{weights.model.replace('/', '--')}" / "refs" / (weights.revision or "main")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    ref = hub / f"models--{weights.model.replace('/', '--')}" / "refs" / (weights.revision or "main")
     return ref.read_text().strip() if ref.is_file() else None
 
 
@@ -100,13 +118,15 @@ def materialise(weights: Weights, cache: Path) -> Path:
         return path
     folder = cache / fingerprint(weights, cache)
     if not folder.is_dir():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         source = path if path is not None else _snapshot(weights)
         if path is None and weights.layers is None:
             return source
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         _convert(source, weights, temporary)
-        temporary.rename(folder)
+        if folder.is_dir():  # another process was faster
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(folder)
     return folder
 
 
@@ -114,13 +134,13 @@ def materialise_in_child(weights: Weights, cache: Path) -> Path:
     """The same from the parent, which must stay free of torch."""
     if is_path(weights.model) and weights.layers is None and located(weights).is_dir():
         return located(weights)
-    plain = weights.model_dump_json(
-        include=set(Weights.model_fields)
-    )  # a model entry has fields of its own beside these
+    # a model entry has fields of its own beside these
+    plain = weights.model_dump_json(include=set(Weights.model_fields))
     command = [sys.executable, "-m", "factory.weights", plain, str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     if done.returncode != 0:
-        raise EngineError(f"cannot prepare the weights of {weights.model}: {done.stderr.strip().splitlines()[-1:]}")
+        last_words = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
+        raise EngineError(f"cannot prepare the weights of {weights.model}: {last_words}")
     return Path(done.stdout.strip().splitlines()[-1])
 
 
@@ -132,13 +152,16 @@ def _snapshot(weights: Weights) -> Path:
             "a hub model needs the training packages: pip install 'distillation-factory[train]'"
         ) from None
     try:
-        found: str = snapshot_download(weights.model, revision=weights.revision, allow_patterns=list(CONTENT))
+        found: str = snapshot_download(
+            weights.model, revision=_cached_commit(weights) or weights.revision,
+            allow_patterns=[glob for glob in CONTENT if glob != "*.gguf"], ignore_patterns="*/*",
+        )  # fmt: skip
     except Exception as e:  # the hub's errors have no common root
         raise RecipeError(
             f"cannot fetch the model {weights.model!r} from the hub: {type(e).__name__}; "
             "give a local folder, or check the name and the network"
         ) from None
-    return Path(found)
+    return _checked(Path(found), weights.model)
 
 
 def _convert(source: Path, weights: Weights, folder: Path) -> None:
@@ -151,16 +174,18 @@ def _convert(source: Path, weights: Weights, folder: Path) -> None:
     where = {"gguf_file": source.name} if source.is_file() else {}
     root = source.parent if source.is_file() else source
     dtype = torch.float32 if weights.dtype == "auto" else getattr(torch, weights.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(root, **where)
-    loaded = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, **where)
+    tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **where)
+    loaded = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, trust_remote_code=False, **where)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised by now; with it, saving is refused
     state = loaded.state_dict()
     if weights.layers is not None:
         state = _cut(state, config, chosen(weights.layers, config.num_hidden_layers))
-    plain = type(loaded)(config).to(dtype)
-    plain.load_state_dict(state)
+    with torch.device("meta"):  # takes the tensors over: never two copies in memory
+        plain = type(loaded)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
     ends = loaded.generation_config.eos_token_id or config.eos_token_id or tokenizer.eos_token_id
     plain.generation_config.eos_token_id = ends
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -195,11 +220,22 @@ def _cut(state: dict[str, Any], config: Any, keep: list[int]) -> dict[str, Any]:
                 continue
             name = f"{before}.layers.{renumbered[int(number)]}.{rest}"
         kept[name] = tensor
+    if len(kept) == len(state) and len(keep) < config.num_hidden_layers:
+        raise RecipeError(f"layers: cannot be chosen for a {config.model_type} model; leave them out")
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[old] for old in keep]
     return kept
 
 
+def main() -> None:
+    """`python -m factory.weights WEIGHTS CACHE`: prints the folder."""
+    die_with_parent()
+    try:
+        print(materialise(Weights.model_validate_json(sys.argv[1]), Path(sys.argv[2])))
+    except FactoryError as e:
+        sys.exit(str(e))
+
+
 if __name__ == "__main__":
-    print(materialise(Weights.model_validate_json(sys.argv[1]), Path(sys.argv[2])))
+    main()

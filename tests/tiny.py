@@ -18,11 +18,12 @@ TEXT = [
 
 def tiny_model(
     folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400, context: int = 512,
-    text: list[str] = TEXT,
+    text: list[str] = TEXT, spread: float = 0.02,
 ) -> Path:  # fmt: skip
     """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>.
 
-    `text` is what the tokenizer learns its words from, `context` the longest row in tokens.
+    `text` is what the tokenizer learns its words from, `context` the longest row in tokens. The weights are random; the
+    larger their `spread`, the surer the model is of what it says.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,7 +43,7 @@ def tiny_model(
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=spread,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -11,49 +11,101 @@ from typing import Any, NamedTuple
 
 from factory.rows import Sampling
 
-CANDIDATES = 256
+CANDIDATES = 64
 """Tokens that top-p looks at first: sorting a whole vocabulary costs more than the model does on a CPU."""
+MORE_CANDIDATES = 16
+"""Where they were too few, it looks at so many times more."""
 
 
 def pick(logits: Any, rows: list[tuple[Sampling, random.Random]]) -> list[int]:
     """One token per row of `logits` (rows x vocabulary, float), by each row's sampling and its own noise."""
+    tokens = [0] * len(rows)
+    ways: dict[Callable[..., list[int]], list[int]] = {}
+    for i, (sampling, _) in enumerate(rows):
+        ways.setdefault(_way(sampling), []).append(i)
+    for way, where in ways.items():
+        mine = logits if len(where) == len(rows) else logits[where]
+        for i, token in zip(where, way(mine, [rows[i] for i in where]), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _way(sampling: Sampling) -> Callable[..., list[int]]:
+    if sampling.temperature == 0:
+        return _greedy
+    return _from_best if sampling.top_k or sampling.top_p < 1 or sampling.min_p else _from_all
+
+
+def _greedy(logits: Any, _: Any) -> list[int]:
+    # NumPy's argmax takes a tenth of the time of torch's on a CPU
+    best = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
+    tokens: list[int] = best.tolist()
+    return tokens
+
+
+def _from_all(logits: Any, rows: list[tuple[Sampling, random.Random]]) -> list[int]:
+    """Draws from the whole distribution."""
     import torch
 
-    tokens = logits.argmax(-1).tolist()
-    drawn = [i for i, (sampling, _) in enumerate(rows) if sampling.temperature > 0]
-    if not drawn:
-        return [int(token) for token in tokens]
-    knobs = [rows[i][0] for i in drawn]
-    temperature = torch.tensor([s.temperature for s in knobs], device=logits.device).unsqueeze(1)
-    probabilities = torch.softmax(logits[drawn] / temperature, -1)
-    probabilities = probabilities * (probabilities >= _floor(probabilities, knobs))
-    cumulative = probabilities.double().cumsum(-1)
-    noise = torch.tensor([rows[i][1].random() for i in drawn], dtype=torch.float64, device=logits.device).unsqueeze(1)
-    picked = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).squeeze(1)
-    for i, token in zip(drawn, picked.clamp_(max=logits.shape[-1] - 1).tolist(), strict=True):
-        tokens[i] = token
-    return [int(token) for token in tokens]
+    temperature = logits.new_tensor([s.temperature for s, _ in rows]).unsqueeze(1)
+    tokens: list[int] = _invert(torch.softmax(logits / temperature, -1), [noise.random() for _, noise in rows]).tolist()
+    return tokens
 
 
-def _floor(probabilities: Any, knobs: list[Sampling]) -> Any:
-    """The smallest probability that each row keeps, by its top_k, top_p and min_p (rows x 1)."""
+def _from_best(logits: Any, rows: list[tuple[Sampling, random.Random]]) -> list[int]:
+    """Draws from what min_p, top_k and top_p leave of the distribution."""
     import torch
 
-    floor = probabilities.new_tensor([s.min_p for s in knobs]).unsqueeze(1) * probabilities.amax(-1, keepdim=True)
-    widest = max((s.top_k for s in knobs), default=0)
-    if widest == 0 and all(s.top_p >= 1 for s in knobs):
-        return floor
-    vocabulary = probabilities.shape[-1]
-    top_p = probabilities.new_tensor([s.top_p for s in knobs]).unsqueeze(1)
-    best = probabilities.topk(min(max(CANDIDATES, widest), vocabulary), -1).values
-    if bool(((best.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any()):
-        best = probabilities.sort(-1, descending=True).values
-    # nucleus: the fewest best tokens whose mass reaches top_p (Holtzman et al. 2020, section 3.1)
-    before = best.cumsum(-1) - best
-    nucleus = torch.where(before < top_p, best, best.new_tensor(2.0)).amin(-1, keepdim=True)
-    floor = torch.where(top_p < 1, torch.maximum(floor, nucleus), floor)
-    kth = [best[i, min(s.top_k, best.shape[-1]) - 1] if s.top_k else best.new_tensor(0.0) for i, s in enumerate(knobs)]
-    return torch.maximum(floor, torch.stack(kth).unsqueeze(1))
+    temperature = logits.new_tensor([s.temperature for s, _ in rows]).unsqueeze(1)
+    knobs = [sampling for sampling, _ in rows]
+    return _draw_best(torch.softmax(logits / temperature, -1), knobs, [noise.random() for _, noise in rows], CANDIDATES)
+
+
+def _draw_best(distribution: Any, knobs: list[Sampling], noise: list[float], candidates: int) -> list[int]:
+    """Looks at the best `candidates` tokens of each row, and at more where they are too few to tell."""
+    vocabulary = distribution.shape[-1]
+    count = min(max(candidates, *(s.top_k for s in knobs)), vocabulary)
+    probabilities, ids = distribution.topk(count, -1)
+    kept, enough = _kept(probabilities, knobs)
+    ids, order = ids.sort(-1)
+    picked = _invert((probabilities * kept).gather(1, order), noise)
+    tokens: list[int] = ids.gather(1, picked.unsqueeze(1)).squeeze(1).tolist()
+    lacking = [] if count == vocabulary else (~enough).nonzero().squeeze(1).tolist()
+    if lacking:
+        again = [knobs[i] for i in lacking], [noise[i] for i in lacking], count * MORE_CANDIDATES
+        for i, token in zip(lacking, _draw_best(distribution[lacking], *again), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _kept(best: Any, knobs: list[Sampling]) -> tuple[Any, Any]:
+    """Which of each row's best probabilities (rows x count, descending) its min_p, top_k and top_p keep, in vLLM's order:
+    each looks at what the one before it has left. And whether these were enough to tell (rows)."""
+    import torch
+
+    count = best.shape[1]
+    top_p, min_p = (best.new_tensor([getattr(s, name) for s in knobs]).unsqueeze(1) for name in ("top_p", "min_p"))
+    counted = torch.tensor([[0 < s.top_k <= count] for s in knobs], device=best.device)
+    kth = torch.tensor([[min(s.top_k or count, count) - 1] for s in knobs], device=best.device)
+    floor = torch.maximum(min_p * best[:, :1], best.gather(1, kth) * counted)
+    left = best * (best >= floor)
+    # what min_p or top_k has cut is all seen; uncut, there may be more than these
+    mass = torch.where(counted | (min_p > 0), left.sum(1, keepdim=True), 1.0)
+    # nucleus: the fewest best tokens whose mass reaches top_p (Holtzman et al. 2020, section 3.1); equals stay together
+    reached = left.cumsum(1) - left >= top_p * mass
+    nucleus = left.masked_fill(reached | (left == 0), 2.0).amin(1, keepdim=True)
+    kept = (left > 0) & ((left >= nucleus) | (top_p == 1))
+    enough = counted | (left[:, -1:] == 0) | ((min_p == 0) & (top_p < 1) & (left.sum(1, keepdim=True) >= top_p))
+    return kept, enough.squeeze(1)
+
+
+def _invert(weights: Any, noise: list[float]) -> Any:
+    """The columns that `noise` (0..1, one a row) falls on when each row's weights stand side by side."""
+    import torch
+
+    cumulative = weights.double().cumsum(-1)
+    at = torch.tensor(noise, dtype=torch.float64, device=weights.device).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp_(max=weights.shape[-1] - 1)
 
 
 def penalise(logits: Any, sampling: Sampling, prompt: list[int], answer: list[int]) -> None:
@@ -99,7 +151,8 @@ class BeamSearch:
         sums = (
             torch.tensor([total for _, total in self.live], dtype=torch.float64).unsqueeze(1) + logprobs.double().cpu()
         )
-        count = min(2 * self.width, sums.numel())
+        # so many that `width` of them go on, whatever number of them ends
+        count = min((1 + max(len(self.ends), 1)) * self.width, sums.numel())
         best = sums.flatten().topk(count)
         grown: list[tuple[list[int], float]] = []
         steps: list[tuple[int, int]] = []

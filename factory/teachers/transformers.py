@@ -6,7 +6,6 @@ its end gives all of its memory back.
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,25 +14,25 @@ from typing import IO, Any, Literal
 import msgspec
 from pydantic import Field
 
+from factory.child import child_environment
 from factory.errors import EngineError
 from factory.rows import Failure, Message, Outcome, Request
 from factory.teachers.capabilities import LOCAL, Capabilities
-from factory.teachers.entry import Entry
+from factory.teachers.entry import Entry, Limits
 from factory.teachers.openai import read_chat
 from factory.weights import Weights, fingerprint, is_path, located
 
-MAX_STARTS = 3
+MAX_DEATHS = 3
 MAX_LINE = 1 << 28
-PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-PASSED_ON_PREFIXES = ("HF_", "CUDA_", "OMP_", "MKL_", "TORCH", "TRANSFORMERS_", "LC_")
 
 
 class Transformers(Weights, Entry):
     """`{type: transformers, model}`; `batch_size` rows are decoded together, `device` is chosen by itself."""
 
     type: Literal["transformers"] = "transformers"
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(128, gt=0)
     device: str | None = None
+    limits: Limits = Limits(max_concurrency=1 << 16)  # nobody else asks our child: the batch is the limit
 
     def identity(self, runs: Path) -> str:
         return f"weights:{fingerprint(self, runs / 'weights')}"
@@ -59,7 +58,7 @@ class TransformersTeacher:
         self._reader: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[bytes | Failure]] = {}
         self._number = 0
-        self._starts = 0
+        self._deaths = 0
         self._broken: EngineError | None = None
         self._starting: asyncio.Lock | None = None
 
@@ -110,11 +109,8 @@ class TransformersTeacher:
     async def _start(self) -> None:
         if self._broken is not None:
             raise self._broken  # whoever waited for the same start need not try again
-        if self._starts == MAX_STARTS:
-            raise EngineError(
-                f"the local model {self.entry.model} died {MAX_STARTS} times; last words: {self._last_words()}"
-            )
-        self._starts += 1
+        if self._deaths == MAX_DEATHS:
+            raise EngineError(f"the local model {self.entry.model} died {MAX_DEATHS} times: {self._last_words()}")
         weights = {name: getattr(self.entry, name) for name in Weights.model_fields}
         settings = {
             "weights": weights, "cache": str(self.cache), "name": self.entry.model, "batch_size": self.entry.batch_size,
@@ -139,14 +135,18 @@ class TransformersTeacher:
     async def _read_lines(self, child: asyncio.subprocess.Process) -> None:
         assert child.stdout is not None
         async for line in child.stdout:
+            if not line.endswith(b"\n"):
+                break  # it died in the middle of a line
             told = msgspec.json.decode(line, type=_Line)
-            if future := self._waiting.pop(told.number, None):
+            future = self._waiting.pop(told.number, None)
+            if future is not None and not future.done():  # who waited may have been cancelled
                 future.set_result(bytes(told.body))
         await child.wait()
         failure = Failure(reason="engine_died", detail=self._last_words())
         waiting, self._waiting = self._waiting, {}
-        if self._child is child:
+        if self._child is child:  # not closed by us
             self._child = None
+            self._deaths += 1
         for future in waiting.values():
             if not future.done():
                 future.set_result(failure)
@@ -162,12 +162,3 @@ class TransformersTeacher:
 class _Line(msgspec.Struct):
     number: int
     body: msgspec.Raw
-
-
-def child_environment() -> dict[str, str]:
-    """What a local model may know of our environment: never a key."""
-    return {
-        k: v
-        for k, v in os.environ.items()
-        if k in PASSED_ON or (k.startswith(PASSED_ON_PREFIXES) and not k.endswith("TOKEN"))
-    }

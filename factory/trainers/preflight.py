@@ -93,6 +93,7 @@ def mend_padding(tokenizer: Any, model: Any) -> list[str]:
     """A pad token that is the end token hides the end from the loss and ends every batched answer: use another one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return []
+    was = "missing" if tokenizer.pad_token_id is None else "the end token"
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token, tokenizer.bos_token}
     spare = next(
@@ -110,7 +111,7 @@ def mend_padding(tokenizer: Any, model: Any) -> list[str]:
             model.resize_token_embeddings(len(tokenizer))
     tokenizer.pad_token = spare
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return [f"the pad token was the end token; it is {spare!r} now"]
+    return [f"the pad token was {was}; it is {spare!r} now"]
 
 
 def preview(rows: list[dict[str, Any]], tokenizer: Any, count: int = 3) -> list[list[list[Any]]]:

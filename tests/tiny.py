@@ -18,12 +18,13 @@ TEXT = [
 
 def tiny_model(
     folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400, context: int = 512,
-    text: list[str] = TEXT, spread: float = 0.02,
+    text: list[str] = TEXT, spread: float = 0.02, sharpness: float = 1.0,
 ) -> Path:  # fmt: skip
     """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>.
 
     `text` is what the tokenizer learns its words from, `context` the longest row in tokens. The weights are random; the
-    larger their `spread`, the surer the model is of what it says.
+    larger their `spread`, the surer the model is of what it says, and `sharpness` multiplies its logits. vLLM on a CPU
+    needs heads of 32 or more, so `hidden` of 128.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,7 +47,9 @@ def tiny_model(
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=spread,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data.mul_(sharpness)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

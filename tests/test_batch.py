@@ -346,6 +346,30 @@ def test_failed_draws_are_asked_again_once_each_time_it_is_wanted(tmp_path: Path
     assert len(train(tmp_path).splitlines()) == 10
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_draw_that_came_and_is_no_answer_counts_as_failed_however_it_is_read(
+    tmp_path: Path, server: BatchServer, batch: bool
+) -> None:
+    """It is stored with its end, and nothing asks for it: the stage is made from the journal alone."""
+
+    def one_of_two(body: Row) -> Row:
+        told = chat(body)
+        told["choices"][0]["finish_reason"] = "content_filter"
+        return told
+
+    async def script(body: Row, before: int) -> Row:
+        return one_of_two(body)
+
+    server.direct.script = script
+    server.outcome = lambda lines: ("completed", [answered(line, one_of_two(line["body"])) for line in lines], [])
+    write(tmp_path, server, batch=batch)
+    assert [factory(tmp_path) for _ in range(1 + batch)][-1] == 3
+    shutil.rmtree(tmp_path / "runs/tiny")
+    assert factory(tmp_path) == 3
+    assert server.calls["submit"] == batch
+    assert sum(server.direct.seen.values()) == (0 if batch else 5)
+
+
 def test_a_line_that_failed_for_good_stays_so_while_others_are_tried_again(tmp_path: Path, server: BatchServer) -> None:
     kinds = {"question 0": "context_overflow", "question 1": "server_error"}
 

@@ -16,7 +16,7 @@ import tenacity
 from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, TooManyFailures
-from factory.journal import Journal, Stored, answer_keys
+from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
 from factory.retry import again, tries
@@ -142,10 +142,6 @@ class Desk:
         tally.reused = max(tally.reused - batches.draws, 0)
         return tally
 
-    def _retried(self, stored: Stored) -> bool:
-        """Whether a body that came but is no answer is to be asked for again."""
-        return self.retry_failed and stored.finish in RULES
-
     def _missing(
         self, requests: Iterable[Request], counter: "_Round", skip: Callable[[Request, str], bool] | None = None
     ) -> Iterator[Request]:
@@ -155,11 +151,11 @@ class Desk:
             for request in chunk:
                 limit = request.sampling.max_tokens
                 keys = answer_keys(request)
-                lacking = [
-                    i
-                    for i, key in enumerate(keys)
-                    if key not in stored or not stored[key].valid(limit) or self._retried(stored[key])
-                ]
+                ended = {key: stored[key].finish for key in keys if key in stored and stored[key].valid(limit)}
+                failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
+                if not self.retry_failed:  # they came and were paid for, but they are still no answers
+                    counter.tally.failures.update(failed)
+                lacking = [i for i, key in enumerate(keys) if key not in ended or (self.retry_failed and key in failed)]
                 counter.reuse(request.n - len(lacking))
                 lacking = [i for i in lacking if skip is None or not skip(request, keys[i])]
                 if lacking and request.sampling.beam is not None:

@@ -35,7 +35,7 @@ class BatchServer:
     """`outcome` makes a batch's last status, output lines and error lines from its input; it is done after `polls` looks.
 
     `stall` names a call ("upload", "submit", "content") that takes effect but is never answered; `refuse` one that
-    is answered with that response; `cut` breaks results off half-way. `direct` answers requests that come one by one.
+    is answered with that response; the first `down` looks are answered with 503; `cut` breaks results off half-way. `direct` answers requests that come one by one.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,8 @@ class BatchServer:
         self.batches: list[Row] = []
         self.keys: set[str] = set()
         self.calls: Counter[str] = Counter()
-        self.polls = 0
+        self.polls = self.down = 0
+        self.looks_at: list[float] = []
         self.outcome: Callable[[list[Row]], tuple[str, list[Row], list[Row]]] = everything
         self.stall = ""
         self.cut = False
@@ -63,8 +64,9 @@ class BatchServer:
     async def _called(self, name: str, request: web.Request) -> web.Response | None:
         self.calls[name] += 1
         self.keys.add(request.headers.get("Authorization") or request.headers.get("x-api-key", ""))
-        if name in self.refuse:
-            status, body = self.refuse[name]
+        busy = name == "look" and self.calls["look"] <= self.down
+        if busy or name in self.refuse:
+            status, body = (503, {"error": {"message": "busy"}}) if busy else self.refuse[name]
             elsewhere = {"Location": f"{self.url}/elsewhere"} if 300 <= status < 400 else None
             return web.json_response(body, status=status, headers=elsewhere)
         return None
@@ -116,6 +118,7 @@ class BatchServer:
         return web.json_response({"object": "list", "data": page, "has_more": start + PAGE < len(newest)})
 
     async def look(self, request: web.Request) -> web.Response:
+        self.looks_at.append(time.monotonic())
         if refused := await self._called("look", request):
             return refused
         found = [b for b in self.batches if b["id"] == request.match_info["id"]]
@@ -161,8 +164,10 @@ def everything(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
 class MessageBatchServer(BatchServer):
     """The same with Anthropic's /messages/batches: an upload is a submission, and a batch has no metadata.
 
-    `outcome` makes a batch's result lines; `polls` counts looks at it as above.
+    `outcome` makes a batch's result lines; `polls` counts looks at it as above, and `listings` listings of all.
     """
+
+    listings = 10**6
 
     def routes(self) -> list[web.RouteDef]:
         batches = "/v1/messages/batches"
@@ -201,6 +206,8 @@ class MessageBatchServer(BatchServer):
     async def list(self, request: web.Request) -> web.Response:
         if refused := await self._called("list", request):
             return refused
+        if self.calls["list"] > self.listings:
+            self.batches[0]["looks"] = self.polls + 1
         newest = self.batches[::-1]
         after = request.query.get("after_id")
         start = 1 + [b["id"] for b in newest].index(after) if after else 0

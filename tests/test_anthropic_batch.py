@@ -4,14 +4,17 @@ What is stored is the `message` as it came; here it has a body that the OpenAI t
 """
 
 import asyncio
+import json
 import sqlite3
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from factory import cli
 from factory.ask import Model
 from factory.batch import Batches
 from factory.budget import Budget, Wall
@@ -145,9 +148,9 @@ def test_while_it_cannot_be_told_whose_a_batch_is_nothing_is_submitted(
 
 def test_wait_waits_for_that_too(tmp_path: Path, server: MessageBatchServer) -> None:
     crash(tmp_path, server)
-    threading.Timer(0.2, lambda: server.batches[0].update(looks=9)).start()
+    server.listings = 3
     assert ask(tmp_path, server, wait=0.02) == 4
-    assert server.calls["list"] > 1
+    assert server.calls["list"] == 4
     assert server.calls["submit"] == 1
 
 
@@ -208,3 +211,53 @@ def test_an_endpoint_that_is_not_there_is_an_outage(tmp_path: Path, server: Mess
     server.url = "http://127.0.0.1:9/v1"
     with pytest.raises(OutageError, match=r"127\.0\.0\.1:9.*run the same command again"):
         ask(tmp_path, server)
+
+
+# -- through the command line ------------------------------------------------------------------------------------------------
+
+
+def native(line: Row) -> Row:
+    """A native message, as the API answers."""
+    said = f"answer to {line['params']['messages'][-1]['content']}"
+    usage = {"input_tokens": 10, "output_tokens": 5}
+    message = {
+        "type": "message",
+        "model": "claude-m",
+        "content": [{"type": "text", "text": said}],
+        "stop_reason": "end_turn",
+    }
+    return {"custom_id": line["custom_id"], "result": {"type": "succeeded", "message": message | {"usage": usage}}}
+
+
+def recipe(folder: Path, server: MessageBatchServer) -> list[str]:
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
+    (folder / "recipe.yaml").write_text(f"""\
+name: tiny
+budget: {{requests: 6}}
+models: {{teacher: {{type: anthropic, model: claude-m, base_url: "{server.url}", batch: true}}}}
+prompts: [{{path: {folder}/prompts.jsonl, name: questions}}]
+stages: [{{generate: {{model: teacher, n: 2, max_tokens: 16}}}}]
+""")
+    return ["build", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
+
+
+def test_an_anthropic_model_in_a_recipe_is_asked_in_batches(
+    tmp_path: Path, server: MessageBatchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "canary-key")
+    server.outcome = lambda lines: ("", [native(line) for line in reversed(lines)], [])
+    command = recipe(tmp_path, server)
+    server.stall = "submit"
+    child = subprocess.Popen([sys.executable, "-m", "factory", *command], stderr=subprocess.DEVNULL)
+    assert server.stalled.wait(60)
+    child.kill()
+    child.wait()
+    server.stall = ""
+    assert cli.main(command) == Waiting.exit_code  # the batch may be ours
+    server.batches[0]["looks"] = 9
+    assert cli.main(command) == 0
+    assert server.calls["submit"] == 1
+    assert server.keys == {"canary-key"}
+    rows = [json.loads(line) for line in (tmp_path / "runs/tiny/dataset/train.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == [f"answer to question {i}" for i in range(3) for _ in range(2)]
+    assert b"canary-key" not in b"".join(p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file())

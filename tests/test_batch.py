@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -346,6 +345,30 @@ def test_failed_draws_are_asked_again_once_each_time_it_is_wanted(tmp_path: Path
     assert len(train(tmp_path).splitlines()) == 10
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_draw_that_came_and_is_no_answer_counts_as_failed_however_it_is_read(
+    tmp_path: Path, server: BatchServer, batch: bool
+) -> None:
+    """It is stored with its end, and nothing asks for it: the stage is made from the journal alone."""
+
+    def one_of_two(body: Row) -> Row:
+        told = chat(body)
+        told["choices"][0]["finish_reason"] = "content_filter"
+        return told
+
+    async def script(body: Row, before: int) -> Row:
+        return one_of_two(body)
+
+    server.direct.script = script
+    server.outcome = lambda lines: ("completed", [answered(line, one_of_two(line["body"])) for line in lines], [])
+    write(tmp_path, server, batch=batch)
+    assert [factory(tmp_path) for _ in range(1 + batch)][-1] == 3
+    shutil.rmtree(tmp_path / "runs/tiny")
+    assert factory(tmp_path) == 3
+    assert server.calls["submit"] == batch
+    assert sum(server.direct.seen.values()) == (0 if batch else 5)
+
+
 def test_a_line_that_failed_for_good_stays_so_while_others_are_tried_again(tmp_path: Path, server: BatchServer) -> None:
     kinds = {"question 0": "context_overflow", "question 1": "server_error"}
 
@@ -565,13 +588,12 @@ def test_wait_looks_again_and_puts_up_with_an_outage(
     tmp_path: Path, server: BatchServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, server)
-    server.polls, server.refuse["look"] = 3, (503, {"error": {"message": "busy"}})
-    threading.Timer(0.5, server.refuse.clear).start()
-    recipe = load(tmp_path / "recipe.yaml", [])
-    pipeline.run(recipe, tmp_path / "runs", "build", wait=0.05)
+    server.down, server.polls = 2, 3
+    pipeline.run(load(tmp_path / "recipe.yaml", []), tmp_path / "runs", "build", wait=0.05)
     assert "busy" in (told := capsys.readouterr().err)
     assert "batch batch_0: 2 of 5 requests answered" in told
-    assert 5 <= server.calls["look"] <= 12  # 0.05 s, and half as long again each time
+    assert len(server.looks_at) == 6
+    assert server.looks_at[5] - server.looks_at[4] >= 0.05 * 1.5**4  # each time half as long again
     assert len(train(tmp_path).splitlines()) == 10
 
 

@@ -66,8 +66,10 @@ class Desk:
     def __init__(self, journal: Journal, wall: Wall, run: str) -> None:
         self.journal, self.wall, self.run = journal, wall, run
 
-    async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
+    async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str, keep: bool = False) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
+
+        The teacher is closed at the end, unless the caller wants to `keep` it.
 
         Raises the error that stopped the run, after the requests in flight have ended and are stored.
         """
@@ -79,7 +81,8 @@ class Desk:
             try:
                 await counter.run(missing, limit)
             finally:
-                await model.teacher.close()
+                if not keep:
+                    await model.teacher.close()
                 await self.journal.flush()
             if counter.error is not None:
                 raise counter.error

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from factory import stats
-from factory.ask import Desk, Tally
+from factory.ask import Desk, Model, Tally
 from factory.curate import accepts
 from factory.filters import RowFilter
 from factory.filters.reference import MatchesReference
@@ -53,38 +53,34 @@ class Examiner:
         self.knobs, self.prompts, self.models, self.desk, self.seed = knobs, prompts, models, desk, seed
         self.tallies: list[Tally] = []
 
-    async def answers(self, name: str, asker: Asker, like: Generate | None) -> list[Sample]:
-        """One answer per prompt, under the limits of the `generate` stage `like`."""
+    async def answers(self, model: Model, asker: Asker, like: Generate | None, keep: bool = False) -> list[Sample]:
+        """One answer per prompt, under the limits of the `generate` stage `like`; with `keep` the model stays loaded."""
         sampling = Sampling(
             temperature=self.knobs.temperature,
             max_tokens=self.knobs.max_tokens or (like.max_tokens if like else 1024),
             stop=like.stop if like else [],
         )
-        model = self.models.open(name)
         asked = list(requests(self.prompts, model, asker, sampling, 1, self.seed))
-        tally = await self.desk.ask(model, asked, len(asked), f"evaluate {name}")
+        tally = await self.desk.ask(model, asked, len(asked), f"evaluate {model.name}", keep)
         self.tallies.append(tally)
         outcomes = self.desk.read(model, asked, tally)
         return [
             sample
             for prompt, (request, outcome) in zip(self.prompts, outcomes, strict=True)
-            for sample in samples(prompt, request.messages, name, outcome)
+            for sample in samples(prompt, request.messages, model.name, outcome)
         ]
 
-    async def losses(self, name: str, view: Asker, answers: list[Sample]) -> list[tuple[float, int] | None]:
+    async def losses(self, model: Model, view: Asker, answers: list[Sample]) -> list[tuple[float, int] | None]:
         """Summed loss (nats) and tokens of each accepted answer of the teacher, under a local model."""
-        teacher = self.models.open(name).teacher
+        teacher = model.teacher
         if not isinstance(teacher, TransformersTeacher):
             return []
         found: list[tuple[float, int] | None] = []
-        try:
-            with bar(f"loss {name}", len(answers)) as advance:
-                for sample in answers:
-                    known = sample.ending == "kept"
-                    found.append(await teacher.loss(view(sample.prompt), sample.response) if known else None)
-                    advance(1)
-        finally:
-            await teacher.close()
+        with bar(f"loss {model.name}", len(answers)) as advance:
+            for sample in answers:
+                known = sample.ending == "kept"
+                found.append(await teacher.loss(view(sample.prompt), sample.response) if known else None)
+                advance(1)
         return found
 
 
@@ -95,14 +91,18 @@ async def evaluate(
     knobs = examiner.knobs
     scored: list[Scored] = []
     if knobs.teacher is not None:
-        answers = await examiner.answers(knobs.teacher, teacher_asker or view, taught)
+        answers = await examiner.answers(examiner.models.open(knobs.teacher), teacher_asker or view, taught)
         scored.append(Scored(knobs.teacher, "teacher", answers, filters, knobs.reference))
     for name in knobs.students:
-        answers = await examiner.answers(name, view, taught)
         role = "student" if name in examiner.models.trained else "base"
-        scored.append(Scored(name, role, answers, filters, knobs.reference))
-        if knobs.teacher is not None:
-            scored[-1].add_losses(await examiner.losses(name, view, scored[0].judged))
+        model = examiner.models.open(name)
+        try:  # answers and losses from one start of the model: loading it may take longer than both
+            answers = await examiner.answers(model, view, taught, keep=True)
+            scored.append(Scored(name, role, answers, filters, knobs.reference))
+            if knobs.teacher is not None:
+                scored[-1].add_losses(await examiner.losses(model, view, scored[0].judged))
+        finally:
+            await model.teacher.close()
     return summary(scored, examiner.seed), [sample for model in scored for sample in model.judged]
 
 

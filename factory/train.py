@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from factory.child import child_environment
-from factory.errors import EngineError, RecipeError
+from factory.errors import DiskError, EngineError, RecipeError
 from factory.knobs import Knobs
 from factory.weights import Weights
 
@@ -139,7 +139,10 @@ def train(
     if (out / REFUSED).exists():
         raise RecipeError(f"train {knobs.as_}: {(out / REFUSED).read_text()}")
     if code != 0:
-        raise EngineError(f"train {knobs.as_}: the trainer ended with exit {code}: {_last_words(log)}")
+        words = _last_words(log)
+        full = "No space left on device" in words  # as Python and as safetensors say it
+        error = DiskError if full else EngineError
+        raise error(f"train {knobs.as_}: the trainer ended with exit {code}: {words}" + "; free some space" * full)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
 

@@ -1,5 +1,6 @@
 """A full disk, a read-only one, a folder that cannot be written: exit 9, and after it the same command goes on."""
 
+import json
 import random
 import string
 import subprocess
@@ -13,8 +14,11 @@ import pytest
 from factory.errors import DiskError
 from factory.journal import Journal
 from factory.rows import Request, Sampling, Usage
-from tests.command import ASKED, asked_in_vain, attempts, factory, folder, read_jsonl, recipe, told
+from tests.command import ASKED, QUESTIONS, asked_in_vain, attempts, factory, folder, read_jsonl, recipe, told
 from tests.server import chat, in_thread
+from tests.tiny import tiny_model
+
+TRAIN = "  - train: {method: sft, student: base, args: {num_train_epochs: 1, per_device_train_batch_size: 24}}\n"
 
 
 @contextmanager
@@ -123,6 +127,19 @@ def test_something_else_in_the_place_of_a_folder_or_a_file_is_named(tmp_path: Pa
         done = factory(tmp_path, "build", "recipe.yaml")
         told(done, 9, place)
         assert not server.seen
+
+
+def test_a_disk_that_is_full_when_the_student_is_saved_is_no_fault_of_the_trainer(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": question, "completion": "It is blue."}) for question in QUESTIONS]
+    folder(tmp_path, recipe("http://127.0.0.1:9/v1", tiny_model(tmp_path / "student", hidden=128, layers=4), TRAIN))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    with small_disk(tmp_path / "small", 1024):
+        told(
+            factory(tmp_path, "train", "recipe.yaml", "--runs", "small/runs"),
+            9,
+            "No space left on device",
+            "free some space",
+        )
 
 
 async def test_a_flush_tells_what_the_writes_before_it_could_not_do(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
-from factory.rows import Message
-from tests.command import QUESTIONS, asked_in_vain, attempts, factory, folder, recipe, report, started
+from tests.command import asked_in_vain, attempts, factory, folder, recipe, report, started
 from tests.server import chat, in_thread
-from tests.tiny import taught_model
+from tests.tiny import saying_model
 
 SEED = 20
 Moment = tuple[str, Callable[[Path], bool], float]
@@ -113,9 +112,9 @@ def test_a_whole_run_with_a_local_teacher_and_a_trained_student(tmp_path: Path) 
   - evaluate: {students: [student], teacher: teacher}
 """
     text = recipe("http://127.0.0.1:9/v1", stages=stages).replace("teacher: {type: openai", "x: {type: openai")
-    asked = [[Message(role="user", content=question)] for question in QUESTIONS]
-    answers = [f"Thing {i} is {colour}." for i, colour in enumerate(["blue", "green", "dark red"] * 8)]
-    model = taught_model(tmp_path / "model", asked, answers)
+    model = saying_model(
+        tmp_path / "model", ["It is blue.", "That thing looks green!", "Nobody knows its colour, sadly."]
+    )
     local = f"models:\n  teacher: {{type: transformers, model: {model}, batch_size: 8}}\n"
     for name in ("calm", "stormy"):
         folder(tmp_path / name, text.replace("models:\n", local))

@@ -182,12 +182,12 @@ def test_a_budget_is_a_wall_and_a_higher_one_goes_on(tmp_path: Path) -> None:
         assert sum(server.seen.values()) == ASKED
 
 
-def test_weights_that_are_none_end_as_an_engine_error(tmp_path: Path) -> None:
+def test_weights_that_are_none_are_found_before_anything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama"}))
     folder(tmp_path, recipe("http://127.0.0.1:9/v1"))
     done = factory(tmp_path, "build", "recipe.yaml", "--set", "models.teacher={type: transformers, model: ./model}")
-    told(done, 8, "./model")
+    told(done, 2, "./model", "it holds no weights")
 
 
 # -- the journal -----------------------------------------------------------------------------------------------------

@@ -1,25 +1,30 @@
 """The CPU-size recipes, as they ship, from end to end; only the weights are exchanged for tiny models that can answer."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from factory.generate import Generate
 from factory.prompts import load as load_prompts
 from factory.recipe import Recipe, find, load
-from factory.rows import Message, Prompt, Sample
+from factory.rows import Prompt, Sample
 from factory.rubric import load as load_rubric
 from factory.rubric import render
 from tests.command import ROOT, factory, read_jsonl, report
 from tests.test_dataset import load as load_data_set
-from tests.tiny import taught_model, tiny_model
+from tests.tiny import saying_model, taught_model, tiny_model
 
 NAMES = ["seqkd", "orca", "zephyr"]
 EVALUATION = {"model", "role", "measure", "value", "low", "high", "n"}
 FUNNEL = {"stage", "unit", "in", "kept", "dropped", "failed", "reasons"}
-UNSURE = "I am not sure what to say to that."
+KNOWN = [
+    "The dogs ran across a yard.",
+    "She will win every match tomorrow.",
+    "Is that train late, or not?",
+    "Rivers froze because winter came early.",
+    "Answer: 43, which you get by adding.",
+]
+UNSURE = "I cannot know what this means."
 
 
 def recipe(name: str) -> Recipe:
@@ -28,19 +33,6 @@ def recipe(name: str) -> Recipe:
 
 def prompts(made: Recipe) -> list[Prompt]:
     return [prompt for one in load_prompts(made.prompts, made.seed, find) for _, prompt in one.kept]
-
-
-def asked(made: Recipe) -> list[tuple[Prompt, list[Message]]]:
-    """All that a recipe says to its teachers and students."""
-    askers = [stage.ask.open(find) for stage in made.stages if isinstance(stage, Generate)]
-    whole = prompts(made)
-    said = [(prompt, asker.messages(prompt, made.seed)) for asker in askers for prompt in whole]
-    return said + [(prompt, prompt.messages) for prompt in whole]
-
-
-def distinct(rows: list[tuple[list[Message], str]]) -> tuple[list[list[Message]], list[str]]:
-    seen = {json.dumps(messages): (messages, answer) for messages, answer in rows}
-    return [messages for messages, _ in seen.values()], [answer for _, answer in seen.values()]
 
 
 class Tiny(NamedTuple):
@@ -55,19 +47,20 @@ class Tiny(NamedTuple):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     where = tmp_path_factory.mktemp("models")
-    everything = [pair for name in NAMES for pair in asked(recipe(name))]
-    known = [(messages, f"The answer is: {prompt.reference}") for prompt, messages in everything]
-    teacher = taught_model(where / "teacher", *distinct(known), steps=50, vocab=1200)
-    some = prompts(recipe("zephyr"))[:6]
-    rival = taught_model(where / "rival", [prompt.messages for prompt in some], [UNSURE] * len(some), steps=20)
+    some = prompts(recipe("zephyr"))[:4]
     rubric = load_rubric(find("prompts/rubrics/by_example.md"))
     graded = [
         (render(rubric, sample(prompt, answer)), score)
-        for prompt in some
-        for answer, score in ((f"The answer is: {prompt.reference}", "Score: 5"), (UNSURE, "Score: 2"))
+        for prompt, known in zip(some, KNOWN, strict=False)
+        for answer, score in ((known, "Score: 5"), (UNSURE, "Score: 2"))
     ]
-    judge = taught_model(where / "judge", *distinct(graded), steps=30, vocab=1200, context=2048)
-    return Tiny(teacher, rival, judge, tiny_model(where / "base"))
+    judge = taught_model(where / "judge", *map(list, zip(*graded, strict=True)), vocab=1000, context=1024)
+    return Tiny(
+        saying_model(where / "teacher", KNOWN),
+        saying_model(where / "rival", [UNSURE]),
+        judge,
+        tiny_model(where / "base"),
+    )
 
 
 def sample(prompt: Prompt, answer: str) -> Sample:
@@ -109,8 +102,9 @@ def test_seqkd_trains_on_the_hypothesis_closest_to_the_reference(tmp_path: Path,
     folder, whole = run(tmp_path, "seqkd", tiny)
     beams, chosen = of(folder, "01-generate"), of(folder, "03-choose")
     assert len(beams) == 3 * 8  # 3 hypotheses of each of 12 - 4 prompts
-    assert len({row["response"] for row in beams}) > 8
-    assert 0 < len(chosen) <= 8
+    assert {row["response"] for row in beams} <= set(KNOWN)
+    assert all(row["logprob"] < 0 for row in beams)
+    assert len(chosen) == 8
     data = load_data_set(folder / "dataset", tmp_path)
     assert data["names"] == ["default"]
     train = data["rows"]["default"]["train"]

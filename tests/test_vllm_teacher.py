@@ -30,6 +30,7 @@ def model_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "some-model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
     return folder
 
 

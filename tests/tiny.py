@@ -1,5 +1,6 @@
 """Tiny real models for tests: a random Llama, a byte-level BPE tokenizer, a chat template; made in a second or two."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,45 @@ def tiny_model(
     return folder
 
 
+def saying_model(folder: Path, sentences: list[str], sure: float = 24.0) -> Path:
+    """A tiny model that answers anything with one of `sentences`, drawn at random, and ends: no training needed.
+
+    Attention and feed-forward add nothing, so that the next token depends on the last one alone; which one is written
+    into the output weights. A token that stands in two sentences leads on into both.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_model(folder, text=[*TEXT, *sentences * 9])
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    start = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)[-1]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        known = model.model.embed_tokens.weight
+        known /= known.pow(2).mean(1, keepdim=True).sqrt()
+        follows: set[tuple[int, int]] = set()
+        for sentence in sentences:
+            chain = [start, *tokenizer.encode(sentence, add_special_tokens=False), tokenizer.eos_token_id]
+            follows.update(pairwise(chain))
+        for last, following in sorted(follows):
+            model.lm_head.weight[following] += sure * known[last] / known.shape[1]
+    model.save_pretrained(folder)
+    return folder
+
+
 def taught_model(
-    folder: Path, asked: list[list[Message]], answers: list[str], *, steps: int = 60, **shape: Any
+    folder: Path,
+    asked: list[list[Message]],
+    answers: list[str],
+    *,
+    steps: int = 200,
+    enough: float = 0.05,
+    **shape: Any,
 ) -> Path:
-    """A tiny model that answers like `answers` when it is asked like `asked` (in pairs), and ends; a few seconds."""
+    """A tiny model that answers like `answers` when it is asked like `asked` (in pairs), and ends; trained until the loss
+    is `enough`. It starts with attention that looks everywhere alike, so what is said anywhere is learnt quickly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,11 +110,16 @@ def taught_model(
     labels = torch.tensor([
         [-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in zip(rows, begin, strict=True)
     ])  # fmt: skip
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if loss.item() < enough:
+            break
     model.save_pretrained(folder)
     return folder

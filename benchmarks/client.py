@@ -7,11 +7,12 @@ process on one core, start-up included; a pair is one run of each, and pairs alt
 import argparse
 import asyncio
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks._figures import Cost, Figure, child, judged, main, median_of, prompts
+from benchmarks._figures import Cost, Figure, child, judged, main, prompts
 from benchmarks._server import serving
 
 CONCURRENCY = 256
@@ -41,12 +42,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
             costs.append(cost)
     cpu, bare = ([1000 * cost.cpu_s / count for cost in costs] for costs in (ours, theirs))
     ratios = [mine / other for mine, other in zip(cpu, bare, strict=True)]
-    yield judged("client.cpu_ms_per_request", median_of(cpu), "<= 1.0", full)
-    yield Figure("client.openai_cpu_ms_per_request", round(median_of(bare), 4))
-    yield judged("client.cpu_ratio_to_openai", median_of(ratios), "<= 0.25", full)
-    yield judged("client.requests_per_second", median_of([count / cost.wall_s for cost in ours]), ">= 800", full)
-    yield Figure("client.openai_requests_per_second", round(median_of([count / cost.wall_s for cost in theirs]), 1))
-    yield judged("client.first_request_s", median_of(list(_first(arguments))), "<= 1.0", full)
+    yield judged("client.cpu_ms_per_request", statistics.median(cpu), "<= 1.0", full)
+    yield Figure("client.openai_cpu_ms_per_request", round(statistics.median(bare), 4))
+    yield judged("client.cpu_ratio_to_openai", statistics.median(ratios), "<= 0.25", full)
+    yield judged(
+        "client.requests_per_second", statistics.median([count / cost.wall_s for cost in ours]), ">= 800", full
+    )
+    yield Figure(
+        "client.openai_requests_per_second", round(statistics.median([count / cost.wall_s for cost in theirs]), 1)
+    )
+    yield judged("client.first_request_s", statistics.median(_first(arguments)), "<= 1.0", full)
 
 
 def _first(arguments: argparse.Namespace) -> Iterator[float]:

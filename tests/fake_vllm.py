@@ -93,6 +93,8 @@ class Fake:
             return (503 if self.engine.poll() is not None or "--never-healthy" in self.flags else 200), {}
         if path == "/version":
             return 200, {"version": "9.9.9"}
+        if path == "/tokenize":
+            return 200, {"count": 24}
         return 200, {"data": [{"id": "teacher", "root": sys.argv[4], "max_model_len": 512}]}
 
 
@@ -114,7 +116,7 @@ def serve(fake: Fake, port: int) -> None:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                self.tell(*fake.answer(body))
+                self.tell(*(fake.get(self.path) if self.path == "/tokenize" else fake.answer(body)))
             except ValueError as e:
                 self.tell(400, {"error": {"message": str(e), "code": 400}})
 

@@ -398,7 +398,8 @@ async def test_beams_are_ranked_by_the_answer_alone(
     assert answers == {"a long one here": ("length", -4.0, 4), "short one": ("stop", -3.0, 1)}
     body = read_notes(tmp_path / "notes", "asked")[0]
     assert body["use_beam_search"] is True
-    assert (body["n"], body["temperature"], body["length_penalty"]) == (width, 0, penalty)
+    assert (body["n"], body["temperature"]) == (width, 0)
+    assert body["length_penalty"] == penalty * (24 + 8) / 8  # the prompt has 24 tokens, the answer at most 8
 
 
 async def test_the_widest_beam_fits_a_server_of_ours(tmp_path: Path, model_folder: Path) -> None:

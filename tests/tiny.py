@@ -13,8 +13,14 @@ TEXT = [
 ]
 
 
-def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400) -> Path:
-    """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>."""
+def tiny_model(
+    folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, vocab: int = 400, sharpness: float = 1.0
+) -> Path:
+    """A folder that transformers, TRL and vLLM load: `layers` layers, about 0.2 M parameters, its end is <|im_end|>.
+
+    vLLM on a CPU needs heads of 32 or more, so `hidden` of 128. A random model finds all tokens about equally likely;
+    `sharpness` is what its logits are multiplied by.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,6 +42,8 @@ def tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data.mul_(sharpness)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

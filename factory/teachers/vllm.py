@@ -105,6 +105,27 @@ class _Place:
         self.sent = 0
         self.rests_until = 0.0
 
+    async def fitted(self, request: Request) -> Request:
+        """The request as vLLM must be asked. It divides a beam's log-probability by a power of its length together with
+        the prompt's, so short beams win; a larger power makes the two rise alike near the limit of length."""
+        sampling = request.sampling
+        if sampling.beam is None or sampling.beam.length_penalty == 0:
+            return request
+        prompt = await self._prompt_tokens(request)
+        penalty = sampling.beam.length_penalty * (prompt + sampling.max_tokens) / sampling.max_tokens
+        beam = msgspec.structs.replace(sampling.beam, length_penalty=penalty)
+        return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, beam=beam))
+
+    async def _prompt_tokens(self, request: Request) -> int:
+        """How many tokens the prompt has; 0 where the server does not tell."""
+        body = {"model": self.client.model, "messages": request.messages}
+        async with httpx.AsyncClient(timeout=30) as client:
+            try:
+                told = await client.post(f"{self.client.base_url.removesuffix('/v1')}/tokenize", json=body)
+                return int(told.json()["count"])
+            except (httpx.HTTPError, ValueError, LookupError, TypeError):
+                return 0
+
     async def close(self) -> None:
         await self.client.close()
         if self.server is not None:
@@ -142,7 +163,7 @@ class VllmTeacher:
         place.busy += 1
         place.sent += 1
         try:
-            answer = await place.client.send(request)
+            answer = await place.client.send(await place.fitted(request))
         finally:
             place.busy -= 1
         if isinstance(answer, Failure):
@@ -239,7 +260,7 @@ def condensed(body: bytes, beam: Beam | None) -> bytes:
     """A body with the log-probability and the number of tokens of each answer in place of a record per token.
 
     Beams come in the order of our own score, log-probability / tokens ** length_penalty: vLLM counts the prompt's tokens
-    as well, so that its order hardly heeds the length. A body of another shape is left as it is.
+    as well. A body of another shape is left as it is.
     """
     try:
         data = msgspec.json.decode(body)

@@ -53,7 +53,7 @@ SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$")
 # the last line of a traceback, or argparse's complaint, after the prefix that vLLM's log puts before it
 _PREFIX = re.compile(r"^(\(\w+(?: pid=\d+)?\) )?((?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _ERROR = re.compile(r"(?:[\w.]*(?:Error|Exception)|[\w. -]+: error): .")
-_SAYS_NOTHING = re.compile(r"root cause|stack trace above")
+_POINTS_ELSEWHERE = re.compile(r"root cause|stack trace above")
 
 
 class Server:
@@ -147,17 +147,18 @@ class Server:
         self._record(keeper.pid).unlink(missing_ok=True)
 
     def last_words(self) -> str:
-        """The errors it has logged since its start, without those that only point to another."""
+        """The last errors it has logged since its start: causes, or else what only points to a cause, or else anything."""
         with self.log.open("rb") as log:
             log.seek(max(self._log_start, self.log.stat().st_size - WORDS_BYTES))
             lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         plain = [_PREFIX.sub("", line) for line in lines]
         errors = []
         for i, line in enumerate(plain):
-            if _ERROR.match(line) and not _SAYS_NOTHING.search(line):
+            if _ERROR.match(line):
                 more = plain[i + 1].strip() if i + 1 < len(plain) and plain[i + 1].startswith("  ") else ""
                 errors.append(f"{line} {more}".strip())
-        told = list(dict.fromkeys(errors))[-2:] or lines[-2:] or ["it printed nothing"]
+        causes = [error for error in errors if not _POINTS_ELSEWHERE.search(error)]
+        told = list(dict.fromkeys(causes or errors or lines))[-2:] or ["it printed nothing"]
         return f"{' | '.join(line[:500] for line in told)} (its log: {self.log})"
 
 

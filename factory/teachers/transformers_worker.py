@@ -56,8 +56,10 @@ def _arrived(inbox: Inbox, block: bool) -> Iterator[dict[str, Any]]:
 
 def _listen(inbox: Inbox) -> None:
     """Read the parent's lines; when they end, the parent has ended, and so must we, whatever we compute."""
-    for raw in sys.stdin.buffer:
-        inbox.put(json.loads(raw))
+    # not sys.stdin: its lock would still be held when Python ends
+    with open(0, "rb", closefd=False) as lines:
+        for raw in lines:
+            inbox.put(json.loads(raw))
     os._exit(0)
 
 

@@ -124,7 +124,7 @@ def train(
     with (
         log.open("wb") as stderr,
         subprocess.Popen(
-            [*launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             env=child_environment() | _trackers(),
         ) as child,
     ):  # fmt: skip
@@ -141,7 +141,7 @@ def train(
     return told
 
 
-def launcher() -> list[str]:
+def _launcher() -> list[str]:
     """One process; one per GPU through `accelerate launch` where several are visible."""
     gpus = _gpus()
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(gpus)] if gpus > 1 else []

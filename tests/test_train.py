@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
-from factory.train import Train, check_args, launcher
+from factory.train import Train, check_args
 from factory.trainers.preflight import Refused, mend_padding, preflight, preview, tokenise
 from factory.weights import Weights
 from tests.tiny import TEMPLATE, tiny_model
@@ -233,10 +233,13 @@ def test_labels_of_trl_are_the_answer_and_its_end(folder: Path, tmp_path: Path) 
     assert collated(folder, rows, tmp_path) == [f"{answer}<|im_end|>\n" for answer in [*answers, "Bye."]]
 
 
-@pytest.mark.parametrize("args", [{"completion_only_loss": False}, {"max_length": 12}])
-def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tmp_path: Path, args: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match=r"row r0: TRL's tokens or loss mask differ"):
-        collated(folder, [sft_row(0), sft_row(1)], tmp_path, **args)
+def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [sft_row(0), sft_row(1)]
+    length = len(tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer).ids)
+    for args in ({"completion_only_loss": False}, {"max_length": length - 1}):
+        with pytest.raises(Refused, match=r"row r0: TRL's tokens or loss mask differ"):
+            collated(folder, rows, tmp_path, **args)
+    assert collated(folder, rows, tmp_path, max_length=length)
 
 
 # -- the preflight ---------------------------------------------------------------------------------------------------------------
@@ -367,7 +370,7 @@ def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, vis
     from accelerate.commands.launch import launch_command_parser
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    python, *command = launcher()
+    python, *command = stage._launcher()
     assert python == sys.executable
     if processes == 1:
         assert command == ["-m", "factory.trainers.job"]
@@ -381,11 +384,11 @@ def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, vis
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert launcher() == [sys.executable, "-m", "factory.trainers.job"]
+    assert stage._launcher() == [sys.executable, "-m", "factory.trainers.job"]
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
     tool.chmod(0o755)
-    assert "--num_processes 2" in " ".join(launcher())
+    assert "--num_processes 2" in " ".join(stage._launcher())
 
 
 def test_trackers_keep_their_settings_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

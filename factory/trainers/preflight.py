@@ -3,10 +3,7 @@ refused with the fix: a missing end token, a wrong mask, doubled special tokens,
 training unlike inference.
 """
 
-from itertools import pairwise
 from typing import Any, NamedTuple
-
-LOOKED_AT = 50
 
 
 class Refused(Exception):
@@ -31,16 +28,10 @@ def preflight(
     kept: list[dict[str, Any]] = []
     aside: list[dict[str, str]] = []
     for row in rows:
-        if row.get("weight", 1.0) != 1.0:
-            raise Refused(f"row {row['id']}: weights other than 1 are not supported yet")
-        answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
-        if "chosen" in row and row["chosen"] == row["rejected"]:
-            raise Refused(f"row {row['id']}: chosen and rejected are the same; drop such pairs")
-        seen = [tokenise(row["prompt"], answer, tokenizer) for answer in answers]
-        if len(kept) < LOOKED_AT:
-            for tokens in seen:
-                _look(row["id"], tokens, tokenizer)
-        length = max(len(tokens.ids) for tokens in seen)
+        try:
+            length = max(len(tokens.ids) for tokens in _looked_at(row, tokenizer))
+        except Refused as e:
+            raise Refused(f"row {row['id']}: {e}") from None
         if max_length is not None and length > max_length:
             aside.append({"id": row["id"], "reason": f"over_length={length}>{max_length}"})
         else:
@@ -50,10 +41,23 @@ def preflight(
     return kept, aside
 
 
+def _looked_at(row: dict[str, Any], tokenizer: Any) -> list[Tokens]:
+    """The row's answers as tokens, each with its prompt; raises `Refused` for what would train wrongly."""
+    if row.get("weight", 1.0) != 1.0:
+        raise Refused("weights other than 1 are not supported yet")
+    if "chosen" in row and row["chosen"] == row["rejected"]:
+        raise Refused("chosen and rejected are the same; drop such pairs")
+    answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    if any(not "".join(message["content"] for message in answer).strip() for answer in answers):
+        raise Refused("its answer is empty; filter such rows out")
+    seen = [tokenise(row["prompt"], answer, tokenizer) for answer in answers]
+    for tokens, answer in zip(seen, answers, strict=True):
+        _look(tokens, len(answer), tokenizer)
+    return seen
+
+
 def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer: Any) -> Tokens:
     """A conversation as token ids, with the loss on what follows the prompt as it is asked at inference."""
-    if not "".join(message["content"] for message in answer).strip():
-        raise Refused("there is a row with an empty answer; filter such rows out")
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     if not whole.startswith(asked):
@@ -68,25 +72,22 @@ def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokeniz
     return Tokens(ids, [i >= border for i in range(len(ids))])
 
 
-def _look(name: str, tokens: Tokens, tokenizer: Any) -> None:
-    """Refuse what would train wrongly."""
+def _look(tokens: Tokens, turns: int, tokenizer: Any) -> None:
     learned = [token for token, in_loss in zip(tokens.ids, tokens.in_loss, strict=True) if in_loss]
     if not learned:
-        raise Refused(f"row {name}: nothing of it would be learned (the loss mask is empty)")
+        raise Refused("nothing of it would be learned (the loss mask is empty)")
     if len(learned) == len(tokens.ids):
-        raise Refused(f"row {name}: the prompt would be learned too (the loss mask is whole)")
+        raise Refused("the prompt would be learned too (the loss mask is whole)")
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
     if end not in learned:
         raise Refused(
-            f"row {name}: the end token {tokenizer.eos_token!r} is not in the loss, the student would never learn to stop; "
+            f"the end token {tokenizer.eos_token!r} is not in the loss, the student would never learn to stop; "
             "use a chat template that ends the answer with it, or set args.eos_token to the token that does"
         )
-    if any(a == b == end for a, b in pairwise(learned)):
-        raise Refused(f"row {name}: the end token {tokenizer.eos_token!r} stands twice; remove it from the answers")
+    if learned.count(end) > turns:
+        raise Refused(f"the end token {tokenizer.eos_token!r} stands more than once; remove it from the answers")
     if start is not None and tokens.ids[:2] == [start, start]:
-        raise Refused(
-            f"row {name}: the beginning token {tokenizer.bos_token!r} stands twice; remove it from template or text"
-        )
+        raise Refused(f"the beginning token {tokenizer.bos_token!r} stands twice; remove it from template or text")
 
 
 def mend_padding(tokenizer: Any, model: Any) -> list[str]:

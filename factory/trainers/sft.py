@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from factory.trainers.preflight import LOOKED_AT, Refused, tokenise
+from factory.trainers.preflight import Refused, tokenise
+
+LOOKED_AT = 50
 
 
 def sft(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: dict[str, Any], peft: Any, callback: Any) -> Any:

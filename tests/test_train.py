@@ -1,0 +1,400 @@
+"""Training: what is learned of a row, what is refused before step 1, and how the trainer's process lives and dies."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from factory import train as stage
+from factory.errors import EngineError, RecipeError
+from factory.train import Train, check_args
+from factory.trainers.preflight import Refused, mend_padding, preflight, preview, tokenise
+from factory.weights import Weights
+from tests.tiny import TEMPLATE, tiny_model
+
+QUESTIONS = [f"What is the colour of thing number {i}?" for i in range(12)]
+Row = dict[str, Any]
+
+
+def said(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def sft_row(i: int, answer: str = "The sky is blue.") -> Row:
+    return {"id": f"r{i}", "prompt": said("user", QUESTIONS[i]), "completion": said("assistant", answer)}
+
+
+def pair(i: int, chosen: str = "It is green.", rejected: str = "Because: no") -> Row:
+    row = {"id": f"p{i}", "prompt": said("user", QUESTIONS[i])}
+    return row | {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# -- whole trainings, in their own processes, side by side ---------------------------------------------------------------
+
+
+class Ran:
+    """One training: its folder, what it told on the way, and its result or error."""
+
+    def __init__(self, out: Path, base: Path, rows: list[Row], **knobs: Any) -> None:
+        self.out, self.base, self.progress = out, base, []  # type: ignore[var-annotated]
+        out.mkdir()
+        (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.knobs = Train.model_validate({"student": "base"} | knobs)
+
+    def run(self) -> dict[str, Any]:
+        return stage.train(
+            self.knobs, weights_entry=Weights(model=str(self.base)), rows=self.out / "rows.jsonl", out=self.out,
+            cache=self.out, seed=1, on_progress=self.progress.append,
+        )  # fmt: skip
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.out / name).read_text())
+
+
+SMALL = {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ran, Future[dict[str, Any]]]]:
+    """Every kind of training once. The students start from a folder without template, or with the end as padding."""
+    from transformers import AutoTokenizer
+
+    place = tmp_path_factory.mktemp("ran")
+    bare = place / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    (place / "template.jinja").write_text(TEMPLATE)
+    padded = AutoTokenizer.from_pretrained(folder)
+    padded.pad_token = padded.eos_token
+    shutil.copytree(folder, place / "padded")
+    padded.save_pretrained(place / "padded")
+    rows = [sft_row(i) for i in range(8)]
+    template = {"chat_template_path": str(place / "template.jinja")}
+    jobs = {
+        "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
+        "dpo": Ran(place / "dpo", folder, [pair(i) for i in range(8)], method="dpo", args=SMALL),
+        "lora": Ran(place / "lora", bare, rows, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
+        "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
+        "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
+    }  # fmt: skip
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return {name: (job, pool.submit(job.run)) for name, job in jobs.items()}
+
+
+def test_sft_learns_the_answer_and_its_end_and_counts_every_row(ran: Any) -> None:
+    job, result = ran["sft"]
+    told = result.result()
+    assert told == job.read("training.json")
+    assert (told["rows_in"], told["rows_trained"], told["rows_set_aside"]) == (9, 8, {"over_length": 1})
+    (aside,) = [json.loads(line) for line in (job.out / "set_aside.jsonl").read_text().splitlines()]
+    assert aside["id"] == "r9"
+    assert aside["reason"].startswith("over_length=")
+    assert aside["reason"].endswith(">64")
+    assert (told["steps"], len(told["log"])) == (4, 4)
+    assert [entry["step"] for entry in job.progress] == [1, 2, 3, 4]
+    assert all(entry["steps"] == 4 for entry in job.progress)
+    assert told["log"][-1]["loss"] < told["log"][0]["loss"]
+    assert told["tokens"] > 8 * 20
+    assert told["notes"] == ["the pad token was the end token; it is '<|endoftext|>' now"]
+
+
+def test_the_preview_shows_what_is_in_the_loss(ran: Any) -> None:
+    job, result = ran["sft"]
+    result.result()
+    shown = job.read("preview.json")
+    assert len(shown) == 3
+    for i, row in enumerate(shown):
+        text = ["".join(token for token, in_loss in row if in_loss == which).replace("Ġ", " ").replace("Ċ", "\n") for which in (0, 1)]  # fmt: skip
+        assert text == [
+            f"<|im_start|>user\n{QUESTIONS[i]}<|im_end|>\n<|im_start|>assistant\n",
+            "The sky is blue.<|im_end|>\n",
+        ]
+
+
+def test_a_student_is_a_plain_folder_that_ends_its_answers(ran: Any, folder: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("sft", "dpo", "lora"):
+        job, result = ran[name]
+        result.result()
+        student = job.out / "model"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+        assert tokenizer.chat_template == TEMPLATE
+        assert (
+            model.generation_config.eos_token_id
+            == tokenizer.eos_token_id
+            == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        )
+        assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        before, after = load_file(folder / "model.safetensors"), load_file(student / "model.safetensors")
+        assert before.keys() == after.keys()
+        changed = {key for key in before if not before[key].equal(after[key])}
+        if name == "lora":  # linear layers alone
+            assert changed == {key for key in before if "proj" in key}
+            assert (job.out / "adapter" / "adapter_model.safetensors").is_file()
+            assert not (student / "adapter_config.json").exists()
+        else:
+            assert changed == before.keys()
+
+
+def test_dpo_logs_rewards_and_learns_the_preference(ran: Any) -> None:
+    _, result = ran["dpo"]
+    log = result.result()["log"]
+    wanted = {"step", "loss", "learning_rate", "grad_norm", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"}  # fmt: skip
+    assert all(entry.keys() == wanted for entry in log)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # it starts as its own reference
+    assert log[-1]["rewards/margins"] > 0.1
+
+
+def test_a_crash_is_an_engine_error_with_the_last_words(ran: Any) -> None:
+    _, result = ran["crash"]
+    with pytest.raises(EngineError, match=r"train student: the trainer ended with exit 1: .*no_such_optimizer"):
+        result.result()
+
+
+def test_refused_rows_are_a_recipe_error_that_says_what_to_do(ran: Any) -> None:
+    job, result = ran["refused"]
+    with pytest.raises(RecipeError, match="train student: row p1: chosen and rejected are the same; drop such pairs"):
+        result.result()
+    assert not (job.out / "model").exists()
+
+
+PARENT = """
+import sys
+from tests.test_train import Path, Ran, sft_row
+Ran(Path(sys.argv[1]), Path(sys.argv[2]), [sft_row(i) for i in range(8)], method="sft", args={"num_train_epochs": 1000}).run()
+"""
+
+
+def test_the_trainer_dies_with_its_parent(folder: Path, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "out"), str(folder)]) as parent:
+        child = None
+        while child is None and parent.poll() is None:
+            time.sleep(0.1)
+            child = next(
+                (c for c in psutil.Process(parent.pid).children() if "factory.trainers.job" in c.cmdline()), None
+            )
+        assert child is not None
+        while not any("libtorch_cpu" in region.path for region in child.memory_maps()):
+            time.sleep(0.1)
+        parent.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs([child], timeout=5)[1]
+
+
+# -- the mask, as TRL's own collator makes it --------------------------------------------------------------------------------
+
+
+def collated(folder: Path, rows: list[Row], tmp_path: Path, **args: Any) -> list[str]:
+    """The text that each row's labels learn, of one batch of TRL's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from factory.trainers.job import _callback, _defaults
+    from factory.trainers.sft import sft
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token  # planted: padding would hide the end
+    mend_padding(tokenizer, model)
+    given = {"output_dir": str(tmp_path)} | _defaults(on_gpu=False) | args
+    trainer = sft(model, tokenizer, rows, given, None, _callback(None, []))
+    labels = trainer.data_collator(list(trainer.train_dataset))["labels"]
+    return [tokenizer.decode([label for label in row.tolist() if label != -100]) for row in labels]
+
+
+def test_labels_of_trl_are_the_answer_and_its_end(folder: Path, tmp_path: Path) -> None:
+    answers = ["Yes.", "The sky is blue and the grass is green.", "Because: it is warm.\nAnswer: yes"]
+    rows = [sft_row(i, answer) for i, answer in enumerate(answers)]
+    talk = said("system", "Be short.") + said("user", "Hi.") + said("assistant", "Hello.") + said("user", "And now?")
+    rows.append({"id": "talk", "prompt": talk, "completion": said("assistant", "Bye.")})
+    assert collated(folder, rows, tmp_path) == [f"{answer}<|im_end|>\n" for answer in [*answers, "Bye."]]
+
+
+def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [sft_row(0), sft_row(1)]
+    length = len(tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer).ids)
+    for args in ({"completion_only_loss": False}, {"max_length": length - 1}):
+        with pytest.raises(Refused, match=r"row r0: TRL's tokens or loss mask differ"):
+            collated(folder, rows, tmp_path, **args)
+    assert collated(folder, rows, tmp_path, max_length=length)
+
+
+# -- the preflight ---------------------------------------------------------------------------------------------------------------
+
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+THINKING = TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+
+@pytest.mark.parametrize(
+    ("planted", "row", "told"),
+    [
+        ({"chat_template": None}, sft_row(0), "no chat template"),
+        ({"eos_token": None}, sft_row(0), "no end token"),
+        (
+            {"chat_template": THINKING},
+            sft_row(0),
+            "row r0: the chat template renders a conversation for training unlike",
+        ),
+        ({"chat_template": NO_END}, sft_row(0), r"row r0: the end token '<\|im_end\|>' is not in the loss"),
+        ({"eos_token": "<|endoftext|>"}, sft_row(0), r"row r0: the end token '<\|endoftext\|>' is not in the loss"),
+        ({}, sft_row(0, " \n"), "row r0: its answer is empty"),
+        ({}, pair(2, rejected=""), "row p2: its answer is empty"),
+        ({}, pair(2, "a", "a"), "row p2: chosen and rejected are the same"),
+        ({}, sft_row(0, "Yes.<|im_end|>"), r"row r0: the end token '<\|im_end\|>' stands more than once"),
+        ({}, sft_row(0, "Yes.<|im_end|> No."), "stands more than once"),
+        (
+            {"bos_token": "<|endoftext|>", "chat_template": "{{ bos_token }}{{ bos_token }}" + TEMPLATE},
+            sft_row(0),
+            r"row r0: the beginning token '<\|endoftext\|>' stands twice",
+        ),
+        ({}, sft_row(0, "blue " * 80), "all 1 rows are longer than max_length=64"),
+        ({}, sft_row(0) | {"weight": 0.5}, "row r0: weights other than 1"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused(tokenizer: Any, planted: dict[str, Any], row: Row, told: str) -> None:
+    assert preflight([sft_row(3)], tokenizer, 64)[0] == [sft_row(3)]  # sound without the fault
+    for name, value in planted.items():
+        setattr(tokenizer, name, value)
+    with pytest.raises(Refused, match=told):
+        preflight([row], tokenizer, 64)
+
+
+def test_every_row_is_looked_at(tokenizer: Any) -> None:
+    rows = [sft_row(i % 12) for i in range(300)]
+    assert preflight(rows, tokenizer, None)[0] == rows
+    with pytest.raises(Refused, match="row last"):
+        preflight([*rows, sft_row(0, "Yes.<|im_end|>") | {"id": "last"}], tokenizer, None)
+
+
+def test_a_pair_is_as_long_as_its_longer_side(tokenizer: Any) -> None:
+    kept, aside = preflight([pair(0), pair(1, rejected="blue " * 80)], tokenizer, 64)
+    assert [row["id"] for row in kept] == ["p0"]
+    assert [row["id"] for row in aside] == ["p1"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(question=st.text(max_size=30), answer=st.text(min_size=1, max_size=40).filter(str.strip))
+def test_the_loss_begins_with_the_answer_whatever_is_said(folder: Path, question: str, answer: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder) if not _kept else _kept[0]
+    _kept[:] = [tokenizer]
+    tokens = tokenise(said("user", question), said("assistant", answer), tokenizer)
+    learned = [token for token, in_loss in zip(tokens.ids, tokens.in_loss, strict=True) if in_loss]
+    assert learned == tokenizer(answer + "<|im_end|>\n")["input_ids"]
+
+
+_kept: list[Any] = []
+"""One tokenizer for all examples of a property."""
+
+
+def test_padding_is_mended_without_touching_the_end(folder: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert mend_padding(tokenizer, model) == []
+    size = model.get_input_embeddings().weight.shape[0]
+    tokenizer.pad_token = tokenizer.eos_token
+    assert "was the end token" in mend_padding(tokenizer, model)[0]
+    assert (tokenizer.pad_token, model.config.pad_token_id) == ("<|endoftext|>", tokenizer.pad_token_id)
+    assert model.get_input_embeddings().weight.shape[0] == size
+    tokenizer.eos_token = tokenizer.pad_token  # now no spare token is left in the vocabulary
+    assert mend_padding(tokenizer, model) == ["the pad token was the end token; it is '<|pad|>' now"]
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == size + 1
+    tokenizer.pad_token = None
+    assert "was missing" in mend_padding(tokenizer, model)[0]
+
+
+def test_a_preview_is_of_the_chosen_side(tokenizer: Any) -> None:
+    ((*_, (token, in_loss)),) = preview([pair(0, chosen="blue")], tokenizer)
+    assert (token, in_loss) == ("Ċ", 1)
+
+
+# -- arguments and the launcher ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "told"),
+    [
+        ("sft", "max_seq_length", "use max_length"),
+        ("sft", "learning_rat", "use learning_rate"),
+        ("sft", "warmup_ratio", "use warmup_steps"),
+        ("sft", "epochs", "use num_train_epochs"),
+        ("sft", "packng", "use packing"),
+        ("dpo", "max_prompt_length", "use max_length"),
+        ("dpo", "packing", "not an argument of TRL's dpo trainer"),
+        ("sft", "beta", "not an argument of TRL's sft trainer"),
+        ("sft", "output_dir", "is set by the factory"),
+        ("dpo", "qqqqqqqq", "not an argument of TRL's dpo trainer"),
+    ],
+)
+def test_unknown_arguments_are_told_with_the_nearest(method: str, name: str, told: str) -> None:
+    (problem,) = check_args(method, {name: 1, "learning_rate": 1e-5})
+    assert problem.startswith(f"args.{name} ")
+    assert told in problem
+
+
+@pytest.mark.parametrize("config", ["SFTConfig", "DPOConfig"])
+def test_known_arguments_are_those_of_the_installed_trl(config: str) -> None:
+    import trl
+
+    real = {field.name for field in dataclasses.fields(getattr(trl, config)) if not field.name.startswith("_")}
+    assert stage._fields(config) == real
+
+
+@pytest.mark.parametrize(("visible", "processes"), [("0,1", 2), ("2, 5,7", 3), ("0", 1), ("", 1), ("-1", 1)])
+def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, visible: str, processes: int) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    python, *command = stage._launcher()
+    assert python == sys.executable
+    if processes == 1:
+        assert command == ["-m", "factory.trainers.job"]
+        return
+    assert command[:2] == ["-m", "accelerate.commands.launch"]
+    read = launch_command_parser().parse_args([*command[2:], "job.json"])
+    assert (read.num_processes, read.module, read.training_script) == (processes, True, "factory.trainers.job")
+    assert read.training_script_args == ["job.json"]
+
+
+def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert stage._launcher() == [sys.executable, "-m", "factory.trainers.job"]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
+    tool.chmod(0o755)
+    assert "--num_processes 2" in " ".join(stage._launcher())
+
+
+def test_trackers_keep_their_settings_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_PROJECT", "OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "set")
+    known = stage.child_environment() | stage._trackers()
+    assert known["WANDB_PROJECT"] == "set"
+    assert not {"OPENAI_API_KEY", "HF_TOKEN"} & known.keys()
+    assert known["PATH"] == os.environ["PATH"]

@@ -238,7 +238,8 @@ async def test_a_killed_child_is_started_again_and_the_round_ends_as_if_nothing_
     with Journal(tmp_path / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(Budget(), journal.spent("run")), "run")
         killer = asyncio.create_task(kill_in_mid_run())
-        tally = await desk.ask(model, requests, len(requests), "test")
+        async with model:
+            tally = await desk.ask(model, requests, len(requests), "test")
         found = [draws[0] for _, draws in desk.read(model, requests, tally)]
     assert await killer < 24
     assert tally.sent > 24

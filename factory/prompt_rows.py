@@ -168,6 +168,8 @@ def _text(value: Any, name: str) -> str:
 
 
 def _tags(value: Any) -> list[str]:
+    if value is None:
+        return []
     if isinstance(value, list):
         return [_text(tag, "a tag") for tag in value]
     return [tag.strip() for tag in _text(value, "tags").split(",") if tag.strip()]

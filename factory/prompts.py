@@ -198,8 +198,8 @@ def _read(knobs: PromptSet, find: Find) -> PromptList:
     seen = _Seen(one, knobs.path)
     for line, row in read(knobs.path, knobs.split, find):
         got = _made(row, line, as_prompt, knobs.path)
-        if isinstance(got, Prompt):
-            got = seen.duplicate(got, line) or got
+        if isinstance(got, Prompt) and (first := seen.first(got)) is not None:
+            got = seen.duplicate(got, line, first) or got
         if isinstance(got, Ending):
             one.endings.append(got)
         else:
@@ -221,7 +221,7 @@ def _made(row: dict[str, Any] | None, line: int, as_prompt: Reader, path: str) -
         return Ending(row=line, id=None, reason=f"unreadable: {e}")
     if not prompt.text.strip():
         return Ending(row=line, id=None, reason="empty")
-    size = sum(len(message["content"]) for message in prompt.messages)
+    size = sum([len(message["content"]) for message in prompt.messages])
     if size > MAX_CHARACTERS:
         return Ending(row=line, id=prompt.id, reason=f"over_long={size}>{MAX_CHARACTERS}")
     return prompt
@@ -235,12 +235,14 @@ class _Seen:
         self._first: dict[int, int] = {}  # id -> position in the list
         self._answers: dict[str, set[str]] = {}
 
-    def duplicate(self, prompt: Prompt, line: int) -> Ending | None:
-        """The same messages again. Another answer to them is data; another reference is a contradiction."""
+    def first(self, prompt: Prompt) -> int | None:
+        """Where in the list the same messages stand already; a new prompt is remembered."""
         here = len(self.one.lines)
         position = self._first.setdefault(int(prompt.id, 16), here)
-        if position == here:
-            return None
+        return None if position == here else position
+
+    def duplicate(self, prompt: Prompt, line: int, position: int) -> Ending | None:
+        """The same messages again. Another answer to them is data; another reference is a contradiction."""
         first, first_line = self.one.prompts.read(position), self.one.lines[position]
         if first.reference != prompt.reference:
             raise RecipeError(

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypedDict
 
 import msgspec
 
+encode = msgspec.json.Encoder(order="deterministic").encode
+
 
 class Message(TypedDict):
     """One turn, in the shape that both the wire and TRL use."""
@@ -25,8 +27,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def digest(*parts: Any, size: int = 16) -> str:
     """Hex hash of JSON-encodable parts, keys sorted: equal content, equal hash, on every machine."""
-    encoded = msgspec.json.encode(parts, order="deterministic")
-    return hashlib.blake2b(encoded, digest_size=size).hexdigest()
+    return hashlib.blake2b(encode(parts), digest_size=size).hexdigest()
 
 
 class Prompt(Row, frozen=True):
@@ -268,7 +269,6 @@ class Pair(Row, frozen=True):
     parents: list[str] = []
 
 
-encode = msgspec.json.Encoder(order="deterministic").encode
 decode_sample = msgspec.json.Decoder(Sample).decode
 decode_prompt = msgspec.json.Decoder(Prompt).decode
 

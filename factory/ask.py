@@ -120,15 +120,21 @@ class Desk:
     ) -> Iterator[tuple[Request, list[Choice | Failure]]]:
         """Each request with the outcome of each of its draws, from the journal alone."""
         for chunk in _chunks(requests, LOOKUP):
-            stored = self.journal.answers(key for request in chunk for key in answer_keys(request))
-            for request in chunk:
+            keys = [answer_keys(request) for request in chunk]
+            stored = self.journal.answers(itertools.chain.from_iterable(keys))
+            bodies = self.journal.bodies({answer.attempt for answer in stored.values()})
+            for request, its_keys in zip(chunk, keys, strict=True):
+                limit, read = request.sampling.max_tokens, dict[int, Outcome]()
                 outcomes: list[Choice | Failure] = []
-                for key in answer_keys(request):
-                    if key in stored and stored[key].valid(request.sampling.max_tokens):
-                        outcome = model.teacher.read(_whole(request), stored[key].body)
-                        outcomes.append(_pick(outcome, stored[key].choice, request.sampling.max_tokens))
-                    else:
+                for key in its_keys:
+                    if (answer := stored.get(key)) is None or not answer.valid(limit):
                         outcomes.append(tally.failures.get(key) or Failure(reason="missing_choice"))
+                        continue
+                    if answer.attempt not in read:
+                        body, n = bodies[answer.attempt]
+                        # as it was asked, which may have been for more draws than are wanted now
+                        read[answer.attempt] = model.teacher.read(_whole(_part(request, 0, n)), body)
+                    outcomes.append(_pick(read[answer.attempt], answer.choice, limit))
                 yield request, outcomes
 
     async def _ask_in_batches(self, asking: "_Round", requests: Iterable[Request], endpoint: BatchEndpoint) -> Tally:
@@ -147,17 +153,19 @@ class Desk:
     ) -> Iterator[Request]:
         """The requests, or the parts of them, whose draws are not stored and not to be skipped."""
         for chunk in _chunks(requests, LOOKUP):
-            stored = self.journal.answers(key for request in chunk for key in answer_keys(request))
-            for request in chunk:
+            keys = [answer_keys(request) for request in chunk]
+            stored = self.journal.answers(itertools.chain.from_iterable(keys))
+            for request, its_keys in zip(chunk, keys, strict=True):
                 limit = request.sampling.max_tokens
-                keys = answer_keys(request)
-                ended = {key: stored[key].finish for key in keys if key in stored and stored[key].valid(limit)}
+                ended = {key: stored[key].finish for key in its_keys if key in stored and stored[key].valid(limit)}
                 failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
                 if not self.retry_failed:  # they came and were paid for, but they are still no answers
                     counter.tally.failures.update(failed)
-                lacking = [i for i, key in enumerate(keys) if key not in ended or (self.retry_failed and key in failed)]
+                lacking = [
+                    i for i, key in enumerate(its_keys) if key not in ended or (self.retry_failed and key in failed)
+                ]
                 counter.reuse(request.n - len(lacking))
-                lacking = [i for i in lacking if skip is None or not skip(request, keys[i])]
+                lacking = [i for i in lacking if skip is None or not skip(request, its_keys[i])]
                 if lacking and request.sampling.beam is not None:
                     yield request  # one joint answer: all ranks or none
                 elif lacking:

@@ -248,8 +248,10 @@ class _Merger:
         return row or (0, "", "")
 
     def _stored(self, key: str) -> Stored | None:
-        row = self.db.execute("SELECT choice, finish, tokens, max_tokens FROM answer WHERE key = ?", [key]).fetchone()
-        return Stored(b"", *row) if row else None
+        row = self.db.execute(
+            "SELECT attempt, choice, finish, tokens, max_tokens FROM answer WHERE key = ?", [key]
+        ).fetchone()
+        return Stored(*row) if row else None
 
     def _wanted(self, theirs: Answer) -> bool:
         """Ours stays if it ended by itself; a truncated one gives way to one that did, or that had more room."""

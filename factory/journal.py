@@ -117,9 +117,9 @@ def _file(db: sqlite3.Connection, attempt: int, ends: Sequence[tuple[str, int | 
 
 
 class Stored(NamedTuple):
-    """An answer on file: the body it is in, and which of the body's choices it is."""
+    """An answer on file: the attempt whose body it is in, and which of the body's choices it is."""
 
-    body: bytes
+    attempt: int
     choice: int
     finish: str
     tokens: int | None
@@ -161,6 +161,7 @@ class Journal:
         except OSError as e:
             raise disk_error(e, path) or DiskError(f"{path}: {e.strerror}; choose another folder") from None
         self._tick: Callable[[sqlite3.Connection], Any] | None = None
+        self._reader: sqlite3.Connection | None = None
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
         self._writer.start()
 
@@ -294,12 +295,15 @@ class Journal:
         """The stored answers among `keys`; ask for a few hundred at a time."""
         wanted = list(keys)
         marks = ",".join("?" * len(wanted))
-        rows = self.read(
-            "SELECT key, body, choice, finish, tokens, answer.max_tokens FROM answer "
-            f"JOIN attempt ON attempt.id = answer.attempt WHERE key IN ({marks})",
-            wanted,
-        )
-        return {row[0]: Stored(unpack(row[1]), *row[2:]) for row in rows}
+        sql = f"SELECT key, attempt, choice, finish, tokens, max_tokens FROM answer WHERE key IN ({marks})"
+        return {key: Stored(*row) for key, *row in self.read(sql, wanted)}
+
+    def bodies(self, attempts: Iterable[int]) -> dict[int, tuple[bytes, int]]:
+        """The bodies of some attempts, and for how many answers each was asked; a few hundred at a time."""
+        wanted = list(attempts)
+        marks = ",".join("?" * len(wanted))
+        rows = self.read(f"SELECT id, body, keys FROM attempt WHERE id IN ({marks})", wanted)
+        return {attempt: (unpack(body), len(keys.split())) for attempt, body, keys in rows}
 
     def unread(self, identity: str) -> Iterator[tuple[int, bytes, bool]]:
         """Bodies that were stored but not yet read when a process ended (they were paid for); whether from a batch."""
@@ -319,11 +323,11 @@ class Journal:
         return Spent(*row)._replace(hours=hours)
 
     def read(self, sql: str, values: list[Any]) -> list[Any]:
-        db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
-        try:
-            return db.execute(sql, values).fetchall()
-        finally:
-            db.close()
+        # another connection than the writer's sees only what is committed; it stays open, because opening one takes as
+        # long as a hundred look-ups
+        if self._reader is None:
+            self._reader = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+        return self._reader.execute(sql, values).fetchall()
 
     def close(self) -> None:
         """Finish what is queued, fold the write-ahead log in, release the lock."""
@@ -332,7 +336,9 @@ class Journal:
                 self._ops.put((self._tick, Future()))
             self._ops.put(None)
             self._writer.join()
-        self._db.close()
+        if self._reader is not None:
+            self._reader.close()
+        self._db.close()  # the last one to close folds the log in
         self._lock.close()
 
     def __enter__(self) -> "Journal":

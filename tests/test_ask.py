@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from factory.ask import Desk, Model, Tally
 from factory.budget import Budget, Wall
@@ -70,6 +71,18 @@ async def test_raising_n_pays_for_the_new_draws_only(tmp_path: Path) -> None:
     assert [body.get("n", 1) for body in server.bodies] == [2, 2, 2, 3, 3, 3]
     assert tally.reused == 6
     assert all(len(draws) == 5 and all(isinstance(d, Choice) for d in draws) for draws in answers)
+
+
+async def test_fewer_draws_and_later_ones_are_found_in_a_body_with_many(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        (request,) = asks(model, questions(1), n=4, max_tokens=6)  # each answer has 5 tokens, all of them have 20
+        _, (every,) = await ask(tmp_path, model, [request])
+        for first, n in ((0, 1), (2, 1), (1, 3)):
+            tally, (some,) = await ask(tmp_path, model, [replace(request, draw=first, n=n)])
+            assert (tally.sent, tally.reused) == (0, n)
+            assert texts([some]) == texts([every[first : first + n]])
+            assert {choice.finish for choice in some if isinstance(choice, Choice)} == {"stop"}
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ async def test_a_flush_tells_what_the_writes_before_it_could_not_do(tmp_path: Pa
         await journal.store(attempt, b"{}")
         with pytest.raises(OSError, match="No space"):
             (small / "filler").write_bytes(bytes(2 << 20))
-        journal.file(attempt, [("stop", 1)] * 500, Usage(), "0")
+        filed = journal.file(attempt, [("stop", 1)] * 500, Usage(), "0")
+        assert filed.exception(timeout=10) is not None
         with pytest.raises(DiskError, match="full"):
             await journal.flush()
         (small / "filler").unlink()

@@ -10,7 +10,7 @@ The map, in the order that data flows (a file imports only from files above it):
     journal                  what was paid for
     teachers/                seam 2: who answers
     budget, pace, retry      the wall; how fast; what is sent again
-    batch, ask               batch endpoints; the only caller of teachers
+    stored, batch, ask       what is answered already; batch endpoints; the only caller of teachers
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
     rubric, judge            stage: scores by a model

@@ -1,16 +1,14 @@
 """The only caller of teachers: requests in, outcomes out, through journal, budget, pacing and the one retry policy."""
 
 import asyncio
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
-import msgspec
 import tenacity
 
 from factory.batch import Batches, say_left_open
@@ -22,6 +20,7 @@ from factory.progress import Advance, bar, say
 from factory.retry import again, tries
 from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
 from factory.signals import Interrupted, draining
+from factory.stored import Skip, lacking_parts, lookup, part, read, whole
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
@@ -29,8 +28,6 @@ from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
 
 OUTAGE = ("outage", "transport", "timeout", "gateway_timeout", "server_error", "html_page")
 """What an outage looks like from here; each of them may also be one request's bad luck."""
-LOOKUP = 256
-"""Requests looked up in the journal at once."""
 MAX_WAIT_S = 3600.0
 """How long one request may be put off by 429 and 503 before it counts as failed."""
 DRAIN_S = 30.0
@@ -119,23 +116,7 @@ class Desk:
         self, model: Model, requests: Iterable[Request], tally: Tally
     ) -> Iterator[tuple[Request, list[Choice | Failure]]]:
         """Each request with the outcome of each of its draws, from the journal alone."""
-        for chunk in _chunks(requests, LOOKUP):
-            keys = [answer_keys(request) for request in chunk]
-            stored = self.journal.answers(itertools.chain.from_iterable(keys))
-            bodies = self.journal.bodies({answer.attempt for answer in stored.values()})
-            for request, its_keys in zip(chunk, keys, strict=True):
-                limit, read = request.sampling.max_tokens, dict[int, Outcome]()
-                outcomes: list[Choice | Failure] = []
-                for key in its_keys:
-                    if (answer := stored.get(key)) is None or not answer.valid(limit):
-                        outcomes.append(tally.failures.get(key) or Failure(reason="missing_choice"))
-                        continue
-                    if answer.attempt not in read:
-                        body, n = bodies[answer.attempt]
-                        # as it was asked, which may have been for more draws than are wanted now
-                        read[answer.attempt] = model.teacher.read(_whole(_part(request, 0, n)), body)
-                    outcomes.append(_pick(read[answer.attempt], answer.choice, limit))
-                yield request, outcomes
+        yield from read(self.journal, model.teacher, requests, tally.failures)
 
     async def _ask_in_batches(self, asking: "_Round", requests: Iterable[Request], endpoint: BatchEndpoint) -> Tally:
         """Collect what open batches have answered, and submit what is missing; Waiting while one is open."""
@@ -148,29 +129,12 @@ class Desk:
         tally.reused = max(tally.reused - batches.draws, 0)
         return tally
 
-    def _missing(
-        self, requests: Iterable[Request], counter: "_Round", skip: Callable[[Request, str], bool] | None = None
-    ) -> Iterator[Request]:
-        """The requests, or the parts of them, whose draws are not stored and not to be skipped."""
-        for chunk in _chunks(requests, LOOKUP):
-            keys = [answer_keys(request) for request in chunk]
-            stored = self.journal.answers(itertools.chain.from_iterable(keys))
-            for request, its_keys in zip(chunk, keys, strict=True):
-                limit = request.sampling.max_tokens
-                ended = {key: stored[key].finish for key in its_keys if key in stored and stored[key].valid(limit)}
-                failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
-                if not self.retry_failed:  # they came and were paid for, but they are still no answers
-                    counter.tally.failures.update(failed)
-                lacking = [
-                    i for i, key in enumerate(its_keys) if key not in ended or (self.retry_failed and key in failed)
-                ]
-                counter.reuse(request.n - len(lacking))
-                lacking = [i for i in lacking if skip is None or not skip(request, its_keys[i])]
-                if lacking and request.sampling.beam is not None:
-                    yield request  # one joint answer: all ranks or none
-                elif lacking:
-                    for first, last in runs(lacking):
-                        yield _part(request, first, last - first + 1)
+    def _missing(self, requests: Iterable[Request], counter: "_Round", skip: Skip | None = None) -> Iterator[Request]:
+        """The parts of the requests whose draws are not stored and not to be skipped; the others are counted."""
+        for request, lacking, failed in lookup(self.journal, requests, self.retry_failed):
+            counter.tally.failures.update(failed)
+            counter.reuse(request.n - len(lacking))
+            yield from lacking_parts(request, lacking, skip)
 
     async def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
@@ -237,7 +201,7 @@ class _Round:
         while todo:
             request = todo.pop(0)
             if request.n > 1 and self._one_by_one and request.sampling.beam is None:
-                todo = [_part(request, i, 1) for i in range(request.n)] + todo
+                todo = [part(request, i, 1) for i in range(request.n)] + todo
                 continue
             outcome = await self._settle(request)
             if isinstance(outcome, Failure):
@@ -251,13 +215,13 @@ class _Round:
             got = min(len(outcome.choices), request.n)
             self.advance(got)
             for failure in outcome.failed[: request.n - got]:
-                self._fail(_part(request, got, 1), failure)
+                self._fail(part(request, got, 1), failure)
                 got += 1
             if got < request.n and replies < self.model.entry.limits.max_attempts and request.sampling.beam is None:
-                todo.insert(0, _part(request, got, request.n - got))
+                todo.insert(0, part(request, got, request.n - got))
             elif got < request.n:
                 missing = Failure(reason="missing_choice", detail=f"{got} of {request.n} answers came")
-                self._fail(_part(request, got, request.n - got), missing)
+                self._fail(part(request, got, request.n - got), missing)
 
     def _fail(self, request: Request, failure: Failure) -> None:
         """These draws have no answer."""
@@ -356,7 +320,7 @@ class _Round:
             await desk.journal.fail(attempt, answer, billed)
             return answer
         await desk.journal.store(attempt, answer)
-        outcome = model.teacher.read(_whole(request), answer)
+        outcome = model.teacher.read(whole(request), answer)
         if isinstance(outcome, Failure):
             ended = RULES[outcome.reason].billed and ACTIONS[outcome.reason] != "stop" and not again(request, outcome)
             await desk.journal.fail(attempt, outcome, True, endings(outcome, request.n) if ended else ())
@@ -382,47 +346,6 @@ def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) ->
     return state.attempt_number >= limit
 
 
-def _part(request: Request, first: int, count: int) -> Request:
-    """Some of a request's draws."""
-    return msgspec.structs.replace(request, draw=request.draw + first, n=count)
-
-
-def _whole(request: Request) -> Request:
-    """The request as its body must be read: all hypotheses of a beam, whatever part of them is kept."""
-    beam = request.sampling.beam
-    return msgspec.structs.replace(request, n=beam.width) if beam else request
-
-
-def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
-    """One draw of a stored reply, as it stands under today's limit: an answer longer than it counts as truncated."""
-    if isinstance(outcome, Failure):
-        return outcome
-    if choice >= len(outcome.choices):
-        failed = outcome.failed[choice - len(outcome.choices) :][:1]
-        return failed[0] if failed else Failure(reason="missing_choice", detail="fewer answers than n")
-    picked = outcome.choices[choice]
-    if picked.tokens is not None and picked.tokens > max_tokens:
-        return msgspec.structs.replace(picked, finish="length")
-    return picked
-
-
 def _usd(entry: Entry, usage: Usage, batched: bool) -> str:
     price = entry.price.in_batch() if entry.price and batched else entry.price
     return str(price.usd(usage) if price else 0)
-
-
-def _chunks(items: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as ranges without holes: [0, 1, 3] -> (0, 1), (3, 3)."""
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number != last + 1:
-            yield first, last
-            first = number
-        last = number
-    yield first, last

@@ -16,13 +16,14 @@ from typing import Any, Literal
 from msgspec.structs import replace
 from pydantic import Field, model_validator
 
-from factory.ask import Desk, Model, Tally, runs
+from factory.ask import Desk, Model, Tally
 from factory.asking import AskKnob, Plain
 from factory.errors import Waiting
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.prompt_spool import Part
 from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
+from factory.stored import runs
 from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
 

@@ -268,6 +268,7 @@ class _Round:
             finally:
                 self.pace.leave()
             self.pace.heed(getattr(self.model.teacher, "rate_limits", None))
+            self.pace.make_room(getattr(self.model.teacher, "queue", None))
             if isinstance(outcome, Reply):
                 self.pace.works(outcome.usage.prompt_tokens + outcome.usage.completion_tokens)
                 return outcome

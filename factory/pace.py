@@ -1,7 +1,8 @@
 """How fast one teacher is asked: requests at once, requests and tokens a minute, and when to hold still.
 
 At once: a window that doubles with every round trip until the server says 429 or 503, then halves, and from there grows by
-one a round trip (slow start and congestion avoidance, Jacobson 1988). A pause holds for the whole teacher: workers that
+one a round trip (slow start and congestion avoidance, Jacobson 1988). A vLLM server says how many requests wait in its
+queue: the window shrinks to what it works on and a few more. A pause holds for the whole teacher: workers that
 each back off on their own would come back as a crowd.
 
 Outage: where nothing succeeds any more, requests do not use up their attempts. One at a time is sent, with growing gaps,
@@ -17,6 +18,7 @@ from factory.errors import OutageError
 from factory.progress import say
 from factory.teachers.entry import Limits
 from factory.teachers.rate_limits import RateLimits
+from factory.teachers.vllm_queue import Queue
 
 FIRST_WINDOW = 32
 OPEN_AFTER = 10
@@ -27,6 +29,8 @@ PATIENCE_S = 3600.0
 FIRST_PATIENCE_S = 15.0
 """How long an outage is waited out; the second one where the teacher has never answered: a wrong address, most likely."""
 MAX_PAUSE_S = 3600.0
+LEAST_WAITING = 4
+"""So many waiting requests are always welcome, or a quarter of those that a server works on, if that is more."""
 SILENT_S = 60.0
 """After how long without any answer a teacher is named; half its time-out where that is less."""
 
@@ -49,6 +53,7 @@ class Pace:
         self._resume_at = 0.0
         self._unsaid = GAPS_S[0] / 2
         self._heeded: RateLimits | None = None
+        self._seen: Queue | None = None
         self._failed_in_a_row = 0
         self._failing: set[int] = set()
         self._down_since: float | None = None
@@ -112,6 +117,19 @@ class Pace:
         if sent_at >= self._slower_at:
             self._slower_at = time.monotonic()
             self._threshold = self._window = max(self._window / 2, 1.0)
+
+    def make_room(self, queue: Queue | None) -> None:
+        """Ask less at once where many requests wait at the server, look after look; freely again when none does."""
+        if queue is None or queue is self._seen:
+            return
+        before, self._seen = self._seen, queue
+        if before is None:  # a moment's queue is how a burst begins
+            return
+        too_many = min(queue.waiting, before.waiting) - max(queue.running // 4, LEAST_WAITING)
+        if too_many > 0:
+            self._threshold = self._window = float(max(self.in_flight - too_many, 1))
+        elif queue.waiting == 0:
+            self._threshold = float("inf")
 
     def heed(self, told: RateLimits | None) -> None:
         """Hold still where the headers of a response say that no request, or not enough tokens, are left."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from factory.ask import Model
 from factory.errors import OutageError, TooManyFailures
 from factory.rows import Choice, Failure
+from factory.teachers.vllm import Vllm
 from tests.server import chat, error, serving
 from tests.test_ask import ask, asks, model_at, questions
 
@@ -205,3 +207,51 @@ async def test_a_silent_teacher_is_named(tmp_path: Path, capfd: pytest.CaptureFi
         model = model_at(server.url, limits=limits(timeout_s=2))
         await ask(tmp_path, model, asks(model, questions(3)))
     assert "models.teacher: silent for 1 s with 3 requests in flight" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("has_metrics", [True, False])
+async def test_requests_do_not_pile_up_in_a_vllm_servers_queue(tmp_path: Path, has_metrics: bool) -> None:
+    """Room for four at once; whatever else is sent waits at the server, which tells how many do in its metrics."""
+    room, taken = asyncio.Semaphore(4), {"running": 0, "waiting": 0}
+    seen: list[dict[str, int]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json()
+        taken["waiting"] += 1
+        async with room:
+            taken["waiting"] -= 1
+            taken["running"] += 1
+            seen.append(dict(taken))
+            await asyncio.sleep(0.1)
+            taken["running"] -= 1
+        return web.json_response(chat(body))
+
+    async def metrics(_: web.Request) -> web.Response:
+        lines = [f'vllm:num_requests_{kind}{{engine="0",model_name="m"}} {n}.0' for kind, n in taken.items()]
+        return web.Response(text="\n".join([*lines, 'vllm:num_requests_waiting_by_reason{reason="x"} 9.0', ""]))
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    if has_metrics:
+        app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    try:
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "config.json").write_text("{}")
+        (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+        entry = Vllm(model=str(tmp_path / "m"), base_url=url, limits={"max_concurrency": 64, "timeout_s": 60})
+        model = Model("teacher", entry, entry.identity(tmp_path), entry.open(tmp_path))
+        tally, _ = await ask(tmp_path, model, asks(model, questions(280)))
+    finally:
+        await runner.cleanup()
+    assert not tally.failures
+    later = seen[120:240]  # three seconds have gone by: two looks and their effect
+    assert sum(moment["waiting"] for moment in later) > len(later)  # there is always something left to do
+    if has_metrics:
+        assert max(moment["waiting"] for moment in later) <= 16
+    else:
+        assert max(moment["waiting"] for moment in later) > 30

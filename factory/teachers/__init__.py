@@ -32,7 +32,7 @@ class Teacher(Protocol):
     `send` returns the raw body of an answer, or a `Failure` already classified; it never retries and never raises for
     what a server did. Heavy things (a model, a server) start at the first `send`, so a run whose answers are all
     stored starts nothing. `concurrency` is how many requests at once are useful. A teacher behind a rate limit also has
-    `rate_limits`, what the last response told of it.
+    `rate_limits`, what the last response told of it; one that knows how many requests wait has `queue`.
     """
 
     concurrency: int

@@ -9,6 +9,7 @@ that kills it again is the culprit, and the others are not lost with it.
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from factory.rows import Beam, Failure, Outcome, Request, digest
 from factory.teachers.capabilities import VLLM, Capabilities
 from factory.teachers.entry import BaseUrl, Entry
 from factory.teachers.openai import OpenAITeacher, read_chat
+from factory.teachers.vllm_queue import Queue, watch
 from factory.teachers.vllm_server import SERVED_NAME, Server, describe, remember, remembered
 from factory.weights import Weights, fingerprint, is_path, materialise_in_child
 
@@ -143,6 +145,8 @@ class VllmTeacher:
         self._suspects: set[str] = set()  # requests that were in flight when the engine died
         self._alone = asyncio.Lock()
         self._deaths = 0  # since the last answer
+        self.queue: Queue | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def send(self, request: Request) -> bytes | Failure:
         if self._suspects and _mark(request) in self._suspects:
@@ -155,6 +159,9 @@ class VllmTeacher:
 
     async def close(self) -> None:
         places, self._places, self._broken = self._places, [], None
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
         await asyncio.gather(*(place.close() for place in places))
 
     async def _send(self, request: Request) -> bytes | Failure:
@@ -184,8 +191,15 @@ class VllmTeacher:
                 except (EngineError, RecipeError) as e:
                     self._broken = e
                     raise
+                self._watch_queue()
         now = asyncio.get_running_loop().time()
         return min(self._places, key=lambda p: (p.rests_until > now, p.busy, p.sent))
+
+    def _watch_queue(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        urls = [place.client.base_url for place in self._places]
+        self._watch = asyncio.create_task(watch(urls, partial(setattr, self, "queue")))
 
     async def _open(self, beam: Beam | None) -> list[_Place]:
         entry, folder, name = self.entry, self.runs / "servers", self.entry.name(self.runs)

@@ -257,10 +257,9 @@ class _Round:
     async def _attempt(self, request: Request) -> Outcome:
         """Send once. What is not the request's own fault, a busy server or an outage, uses no attempt up."""
         waiting_since = time.monotonic()
-        why = "no answer"
         while True:
             if self.pace.down:
-                await self.pace.line_up(why)
+                await self.pace.line_up()
             sent_at = time.monotonic()
             await self.pace.enter()
             try:
@@ -277,8 +276,7 @@ class _Round:
                 if time.monotonic() - waiting_since > MAX_WAIT_S:
                     return outcome
             elif outcome.reason in OUTAGE:
-                why = outcome.detail
-                if not self.pace.fails(id(request), why):
+                if not self.pace.fails(id(request), outcome.detail):
                     return outcome
             else:
                 self.pace.works()

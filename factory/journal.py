@@ -159,7 +159,9 @@ class Journal:
             self._lock = _lock(path)
             self._prepare()
         except OSError as e:
-            raise disk_error(e, path) or DiskError(f"{path}: {e.strerror}; choose another folder") from None
+            raise disk_error(e, path) or DiskError(
+                f"{path.parent}: this folder cannot be made or written ({e.strerror}); choose another one with --runs"
+            ) from None
         self._tick: Callable[[sqlite3.Connection], Any] | None = None
         self._reader: sqlite3.Connection | None = None
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)

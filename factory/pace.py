@@ -56,6 +56,7 @@ class Pace:
         self._seen: Queue | None = None
         self._failed_in_a_row = 0
         self._failing: set[int] = set()
+        self._why = ""
         self._down_since: float | None = None
         self._gap = GAPS_S[0]
         self._probe = asyncio.Lock()
@@ -153,12 +154,13 @@ class Pace:
         """A failure of the kind that outages bring; True where it is taken for one and uses up no attempt."""
         self._failed_in_a_row += 1
         self._failing.add(request)
+        self._why = why
         if self._down_since is None and self._failed_in_a_row >= OPEN_AFTER and len(self._failing) > 1:
             self._down_since = time.monotonic()
             say(f"models.{self.name}: nothing succeeds any more ({why}); waiting, trying again now and then")
         return self.down
 
-    async def line_up(self, why: str) -> None:
+    async def line_up(self) -> None:
         """During an outage: wait in line for the turn to try. OutageError when it lasts too long."""
         async with self._probe:
             if self._down_since is None:
@@ -166,7 +168,7 @@ class Pace:
             patience = PATIENCE_S if self.answered else FIRST_PATIENCE_S
             if time.monotonic() + self._gap - self._down_since > patience:
                 raise OutageError(
-                    f"models.{self.name}: no answer for {time.monotonic() - self._down_since:.0f} s ({why}); "
+                    f"models.{self.name}: no answer for {time.monotonic() - self._down_since:.0f} s ({self._why}); "
                     "stored answers are kept, run again when it is up"
                 )
             await asyncio.sleep(self._gap)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from factory.budget import Hold
+from factory.errors import JournalError
 from factory.journal import INSERT_ATTEMPT, Journal
 from factory.rows import Failure, digest
 
@@ -132,5 +133,7 @@ def listed(journal: Path, run: str) -> list[Batch]:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name='batch'").fetchone():
             return []  # a journal from before there were batches
         return [Batch(*row) for row in db.execute(f"{OPEN} AND run=? ORDER BY built", [run])]
+    except sqlite3.DatabaseError as e:
+        raise JournalError(f"{journal} is damaged ({e}); `factory journal verify` says what can be saved") from None
     finally:
         db.close()

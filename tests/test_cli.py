@@ -191,6 +191,15 @@ def test_ls_and_show_tell_what_there_is(tmp_path: Path) -> None:
     )
 
 
+def test_show_says_when_the_journal_is_damaged(tmp_path: Path) -> None:
+    with in_thread() as server:
+        assert factory(folder(tmp_path, recipe(server.url)), "build", "recipe.yaml").returncode == 0
+    (tmp_path / "runs" / "journal.sqlite").write_bytes(b"no database at all" * 500)
+    shown = typed(tmp_path, "show", "tiny")
+    assert (shown.returncode, "Traceback" in shown.stderr) == (11, False)
+    assert "journal verify" in shown.stderr
+
+
 def test_a_run_that_was_killed_is_listed_with_what_it_has_done(tmp_path: Path) -> None:
     gate = threading.Event()
     stages = STAGES + "  - judge: {model: judge, rubric: prompts/rubrics/helpfulness.md}\n"

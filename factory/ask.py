@@ -116,7 +116,7 @@ class Desk:
         self, model: Model, requests: Iterable[Request], tally: Tally
     ) -> Iterator[tuple[Request, list[Choice | Failure]]]:
         """Each request with the outcome of each of its draws, from the journal alone."""
-        yield from read(self.journal, model.teacher, requests, tally.failures)
+        return read(self.journal, model.teacher, requests, tally.failures)
 
     async def _ask_in_batches(self, asking: "_Round", requests: Iterable[Request], endpoint: BatchEndpoint) -> Tally:
         """Collect what open batches have answered, and submit what is missing; Waiting while one is open."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from factory.journal import Journal, answer_keys
+from factory.journal import Journal, Stored, answer_keys
 from factory.rows import Choice, Failure, Outcome, Request
 from factory.teachers.failures import RULES
 
@@ -25,32 +25,28 @@ class Reader(Protocol):
 
 def lookup(
     journal: Journal, requests: Iterable[Request], retry_failed: bool
-) -> Iterator[tuple[Request, list[int], dict[str, Failure]]]:
-    """Each request with the places of the draws it lacks, and with those (by key) that came but are no answers.
+) -> Iterator[tuple[Request, dict[int, str], dict[str, Failure]]]:
+    """Each request with the draws it lacks (place -> key), and with those (by key) that came but are no answers.
 
     These were paid for and are not asked again, except with `retry_failed`.
     """
-    for chunk in _chunks(requests, AT_ONCE):
-        keys = [answer_keys(request) for request in chunk]
-        stored = journal.answers(itertools.chain.from_iterable(keys))
-        for request, its_keys in zip(chunk, keys, strict=True):
+    for asked, stored in _in_chunks(journal, requests):
+        for request, keys in asked:
             limit = request.sampling.max_tokens
-            ended = {key: stored[key].finish for key in its_keys if key in stored and stored[key].valid(limit)}
+            ended = {key: stored[key].finish for key in keys if key in stored and stored[key].valid(limit)}
             failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
             if retry_failed:
                 ended, failed = {key: finish for key, finish in ended.items() if key not in failed}, {}
-            yield request, [i for i, key in enumerate(its_keys) if key not in ended], failed
+            yield request, {i: key for i, key in enumerate(keys) if key not in ended}, failed
 
 
-def lacking_parts(request: Request, lacking: list[int], skip: Skip | None = None) -> Iterator[Request]:
+def lacking_parts(request: Request, lacking: dict[int, str], skip: Skip | None = None) -> Iterator[Request]:
     """The requests that ask for the lacking draws of one: a beam is a joint answer, all ranks or none."""
-    if skip is not None:
-        keys = answer_keys(request)
-        lacking = [i for i in lacking if not skip(request, keys[i])]
-    if lacking and request.sampling.beam is not None:
+    places = [i for i, key in lacking.items() if skip is None or not skip(request, key)]
+    if places and request.sampling.beam is not None:
         yield request
-    elif lacking:
-        for first, last in runs(lacking):
+    elif places:
+        for first, last in runs(places):
             yield part(request, first, last - first + 1)
 
 
@@ -58,14 +54,12 @@ def read(
     journal: Journal, reader: Reader, requests: Iterable[Request], failures: dict[str, Failure]
 ) -> Iterator[tuple[Request, list[Choice | Failure]]]:
     """Each request with the outcome of each of its draws; `failures` are those (by key) that have no body."""
-    for chunk in _chunks(requests, AT_ONCE):
-        keys = [answer_keys(request) for request in chunk]
-        stored = journal.answers(itertools.chain.from_iterable(keys))
+    for asked, stored in _in_chunks(journal, requests):
         bodies = journal.bodies({answer.attempt for answer in stored.values()})
-        for request, its_keys in zip(chunk, keys, strict=True):
+        for request, keys in asked:
             limit, seen = request.sampling.max_tokens, dict[int, Outcome]()
             outcomes: list[Choice | Failure] = []
-            for key in its_keys:
+            for key in keys:
                 if (answer := stored.get(key)) is None or not answer.valid(limit):
                     outcomes.append(failures.get(key) or Failure(reason="missing_choice"))
                     continue
@@ -101,10 +95,14 @@ def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
     return picked
 
 
-def _chunks(items: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
+def _in_chunks(
+    journal: Journal, requests: Iterable[Request]
+) -> Iterator[tuple[list[tuple[Request, list[str]]], dict[str, Stored]]]:
+    """Some requests at a time, each with the keys of its draws, and what the journal holds of all of these."""
+    iterator = iter(requests)
+    while chunk := list(itertools.islice(iterator, AT_ONCE)):
+        asked = [(request, answer_keys(request)) for request in chunk]
+        yield asked, journal.answers(key for _, keys in asked for key in keys)
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

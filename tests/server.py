@@ -18,7 +18,10 @@ Script = Callable[[dict[str, Any], int], Awaitable[web.StreamResponse | dict[str
 
 
 class Server:
-    """`seen` counts requests by the last user message; `bodies` and `headers` keep them as they came."""
+    """`seen` counts requests by the last user message; `bodies` and `headers` keep them as they came.
+
+    `metrics` makes the page that vLLM has at `/metrics`; there is none without it.
+    """
 
     def __init__(self, script: Script | None = None, delay_s: float = 0.0) -> None:
         self.script, self.delay_s = script, delay_s
@@ -26,6 +29,10 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.url = ""
+        self.metrics: Callable[[], str] | None = None
+
+    async def tell_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.metrics()) if self.metrics else web.Response(status=404)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -88,6 +95,7 @@ async def serving(script: Script | None = None, delay_s: float = 0.0) -> AsyncIt
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.answer)
     app.router.add_post("/v1/messages", server.answer)
+    app.router.add_get("/metrics", server.tell_metrics)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -215,8 +215,7 @@ async def test_requests_do_not_pile_up_in_a_vllm_servers_queue(tmp_path: Path, h
     room, taken = asyncio.Semaphore(4), {"running": 0, "waiting": 0}
     seen: list[dict[str, int]] = []
 
-    async def answer(request: web.Request) -> web.Response:
-        body = await request.json()
+    async def script(body: dict, before: int) -> None:
         taken["waiting"] += 1
         async with room:
             taken["waiting"] -= 1
@@ -224,30 +223,20 @@ async def test_requests_do_not_pile_up_in_a_vllm_servers_queue(tmp_path: Path, h
             seen.append(dict(taken))
             await asyncio.sleep(0.1)
             taken["running"] -= 1
-        return web.json_response(chat(body))
 
-    async def metrics(_: web.Request) -> web.Response:
+    def metrics() -> str:
         lines = [f'vllm:num_requests_{kind}{{engine="0",model_name="m"}} {n}.0' for kind, n in taken.items()]
-        return web.Response(text="\n".join([*lines, 'vllm:num_requests_waiting_by_reason{reason="x"} 9.0', ""]))
+        return "\n".join([*lines, 'vllm:num_requests_waiting_by_reason{reason="x"} 9.0', ""])
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", answer)
-    if has_metrics:
-        app.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    try:
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "config.json").write_text("{}")
-        (tmp_path / "m" / "model.safetensors").write_bytes(b"")
-        entry = Vllm(model=str(tmp_path / "m"), base_url=url, limits={"max_concurrency": 64, "timeout_s": 60})
+    weights = tmp_path / "m"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"")
+    async with serving(script) as server:
+        server.metrics = metrics if has_metrics else None
+        entry = Vllm(model=str(weights), base_url=server.url, limits={"max_concurrency": 64, "timeout_s": 60})
         model = Model("teacher", entry, entry.identity(tmp_path), entry.open(tmp_path))
         tally, _ = await ask(tmp_path, model, asks(model, questions(320)))
-    finally:
-        await runner.cleanup()
     assert not tally.failures
     later = seen[180:280]  # the looks of more than four seconds have had their effect
     assert sum(moment["waiting"] for moment in later) > len(later)  # there is always something left to do

@@ -78,6 +78,7 @@ def test_ctrl_c_does_not_wait_for_a_busy_server(tmp_path: Path) -> None:
             until(lambda: [status for _, status in attempts(tmp_path)] == ["failed"] * 2)
             child.send_signal(signal.SIGINT)
             ended(child, 130)
+        assert sum(server.seen.values()) == 2  # nothing was sent after the server had said to hold still
 
 
 def test_a_hangup_that_nohup_ignores_stops_nothing(tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_a_hangup_that_nohup_ignores_stops_nothing(tmp_path: Path) -> None:
             time.sleep(0.1)
             gate.set()
             ended(child, 0)
+        assert sum(server.seen.values()) == ASKED
 
 
 def test_ctrl_c_in_a_terminal_reaches_us_and_not_the_local_model(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ that kills it again is the culprit, and the others are not lost with it.
 import asyncio
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from factory.rows import Beam, Failure, Outcome, Request, digest
 from factory.teachers.capabilities import VLLM, Capabilities
 from factory.teachers.entry import BaseUrl, Entry
 from factory.teachers.openai import OpenAITeacher, read_chat
-from factory.teachers.vllm_queue import Queue, watch
+from factory.teachers.vllm_queue import Queue, queues
 from factory.teachers.vllm_server import SERVED_NAME, Server, describe, remember, remembered
 from factory.weights import Weights, fingerprint, is_path, materialise_in_child
 
@@ -106,6 +105,11 @@ class _Place:
         self.sent = 0
         self.rests_until = 0.0
 
+    @property
+    def root(self) -> str:
+        """Where vLLM has what is not OpenAI's: metrics, tokenizer."""
+        return self.client.base_url.removesuffix("/v1")
+
     async def fitted(self, request: Request) -> Request:
         """The request as vLLM must be asked. It divides a beam's log-probability by a power of its length together with
         the prompt's, so short beams win; a larger power makes the two rise alike near the limit of length."""
@@ -122,7 +126,7 @@ class _Place:
         body = {"model": self.client.model, "messages": request.messages}
         async with httpx.AsyncClient(timeout=30) as client:
             try:
-                told = await client.post(f"{self.client.base_url.removesuffix('/v1')}/tokenize", json=body)
+                told = await client.post(f"{self.root}/tokenize", json=body)
                 return int(told.json()["count"])
             except (httpx.HTTPError, ValueError, LookupError, TypeError):
                 return 0
@@ -191,15 +195,15 @@ class VllmTeacher:
                 except (EngineError, RecipeError) as e:
                     self._broken = e
                     raise
-                self._watch_queue()
+                if self._watch is not None:
+                    self._watch.cancel()
+                self._watch = asyncio.create_task(self._watch_queue([place.root for place in self._places]))
         now = asyncio.get_running_loop().time()
         return min(self._places, key=lambda p: (p.rests_until > now, p.busy, p.sent))
 
-    def _watch_queue(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        urls = [place.client.base_url for place in self._places]
-        self._watch = asyncio.create_task(watch(urls, partial(setattr, self, "queue")))
+    async def _watch_queue(self, roots: list[str]) -> None:
+        async for queue in queues(roots):
+            self.queue = queue
 
     async def _open(self, beam: Beam | None) -> list[_Place]:
         entry, folder, name = self.entry, self.runs / "servers", self.entry.name(self.runs)

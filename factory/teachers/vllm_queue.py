@@ -6,7 +6,7 @@ there, and a server that is shared keeps others waiting; so the factory sends a 
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 import httpx
@@ -31,20 +31,20 @@ def read_queue(metrics: str) -> Queue | None:
     return Queue(int(sums["running"]), int(sums["waiting"])) if found else None
 
 
-async def watch(urls: list[str], tell: Callable[[Queue], None]) -> None:
-    """Look at the servers' metrics every second until cancelled; a server that has none is not asked again."""
+async def queues(roots: list[str]) -> AsyncIterator[Queue]:
+    """The queue of these servers, every second; a server without such metrics is not asked again, and none is the end."""
     async with httpx.AsyncClient(timeout=5) as client:
-        while urls:
-            looks = {url: await _look(client, url) for url in urls}
-            urls = [url for url, look in looks.items() if look is not None]
+        while roots:
+            looks = {root: await _look(client, root) for root in roots}
+            roots = [root for root, look in looks.items() if look is not None]
             if seen := [look for look in looks.values() if isinstance(look, Queue)]:
-                tell(Queue(*map(sum, zip(*seen, strict=True))))
+                yield Queue(*map(sum, zip(*seen, strict=True)))
             await asyncio.sleep(EVERY_S)
 
 
-async def _look(client: httpx.AsyncClient, url: str) -> Queue | httpx.HTTPError | None:
+async def _look(client: httpx.AsyncClient, root: str) -> Queue | httpx.HTTPError | None:
     try:
-        told = await client.get(f"{url.removesuffix('/v1')}/metrics")
+        told = await client.get(f"{root}/metrics")
     except httpx.HTTPError as e:  # busy or gone: what becomes of its requests will tell
         return e
     return read_queue(told.text)

@@ -4,6 +4,7 @@ The map, in the order that data flows (a file imports only from files above it):
 
     rows, errors, knobs      the nouns; the error tree; what recipes are made of
     signals, run             told to stop; the run folder
+    recipe_file, mistakes    a recipe's text; what is wrong in it
     prompt_*, prompts        prompt lists in: ids, train/test split, lint
     asking/                  seam 1: what is said
     child, weights           processes that load torch; where local weights come from
@@ -18,7 +19,8 @@ The map, in the order that data flows (a file imports only from files above it):
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
     stats, evaluate          intervals; stage `evaluate`
-    recipe, plan, naming     all stages' knobs as one typed file; which stage reads what; what names its folder
+    recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
+    naming                   what names a step's folder
     findings, report         what a run shows: sentences, one page, one JSON
     pipeline                 the whole run on one screen
     ledger, spending, exchange   the journal from outside

@@ -6,14 +6,18 @@ With `--live`, and only then, each endpoint is asked a few tiny questions: who a
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from factory.errors import FactoryError, OutageError, RecipeError
+from factory.foresight import foresee
 from factory.generate import Generate
 from factory.judge import Judge
-from factory.plan import plan
+from factory.mistakes import Problem
+from factory.plan import draw
 from factory.prompt_files import is_hub_id
-from factory.prompts import lint, load
-from factory.recipe import Recipe, find, warnings
+from factory.prompts import PromptList, PromptLists, lint, load_one, together
+from factory.recipe import Draft, Recipe, warnings
+from factory.recipe_file import find
 from factory.rubric import load as load_rubric
 from factory.teachers.anthropic import Anthropic
 from factory.teachers.capabilities import LOCAL
@@ -23,63 +27,83 @@ from factory.teachers.openai import OpenAI
 from factory.teachers.probe import Probe, probe, record
 
 
-def check(recipe: Recipe, runs: Path = Path("runs"), allow_http: bool = False) -> list[str]:
-    """Warnings about this machine; RecipeError with all problems where the recipe cannot work anywhere."""
-    problems = [*_refusals(recipe, runs, allow_http)]
-    found = warnings(recipe)
-    try:
-        plan(recipe)
-    except RecipeError as e:
-        problems.append(str(e))
-    for stage in recipe.stages:
+class Checked(NamedTuple):
+    """What `check` found to be odd, and the prompts that it read: all local ones, or all."""
+
+    warnings: list[str]
+    prompts: PromptLists
+
+
+def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fetch: bool = False) -> Checked:
+    """RecipeError with all problems, where the recipe cannot work anywhere; warnings about this machine.
+
+    `fetch`: data sets on the hub are read, too.
+    """
+    if draft.recipe is None:
+        draft.refuse()
+    assert draft.recipe is not None, "a recipe without problems"
+    recipe, found = draft.recipe, warnings(draft.recipe)
+    problems: list[Problem] = []
+    lists: list[PromptList] = []
+    for i, knobs in enumerate(recipe.prompts):
+        if ("prompts",) in draft.lost:
+            break
+        if not fetch and is_hub_id(knobs.path, find):
+            found.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
+            continue
+        try:
+            lists.append(load_one(knobs, recipe.seed, find))
+        except RecipeError as e:
+            problems.append((("prompts", i, "path"), str(e)))
+    prompts = together(lists)
+    found += [f"prompts: {line}" for line in lint(prompts)]
+    problems += [*_refusals(recipe, runs, allow_http), *_unpriced(recipe, draft), *_files(recipe)]
+    if not draft.lacks("stages") and not any("from" in at for at, _ in draft.problems):  # else the flow is not known
+        steps, unread = draw(recipe)
+        problems += unread
+        findings = list(foresee(recipe, steps, prompts if not draft.lacks("prompts") else None))
+        problems += [(one.at, one.text) for one in findings if one.fatal]
+        found += [str(one) for one in findings if not one.fatal]
+    draft.refuse((draft.at(at), text) for at, text in problems)
+    return Checked(found, prompts)
+
+
+def _files(recipe: Recipe) -> Iterator[Problem]:
+    """Files that say what is asked and judged."""
+    for i, stage in enumerate(recipe.stages):
         try:
             if isinstance(stage, Generate):
                 stage.ask.open(find)
             elif isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
         except RecipeError as e:
-            problems.append(f"{stage.kind}: {e}")
-    local = [prompt_set for prompt_set in recipe.prompts if not is_hub_id(prompt_set.path, find)]
-    found += [
-        f"prompts {s.title}: {s.path} is a hub id; it is read when the run needs it"
-        for s in recipe.prompts
-        if s not in local
-    ]
-    if local:
-        try:
-            found += [f"prompts: {line}" for line in lint(load(local, recipe.seed, find))]
-        except RecipeError as e:
-            problems.append(str(e))
-    if recipe.budget.usd is not None:
-        problems += [
-            f"budget.usd is set, but models.{name} has no price; give price: {{input: 0, output: 0}} if it is free"
-            for name, entry in recipe.models.items()
-            if entry.billed and entry.price is None
-        ]
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return found
+            yield ("stages", i, stage.kind, "ask" if isinstance(stage, Generate) else "rubric"), str(e)
 
 
-def refuse(recipe: Recipe, runs: Path, allow_http: bool) -> None:
-    """RecipeError for what no verb may start with; nothing was sent."""
-    if problems := [*_refusals(recipe, runs, allow_http)]:
-        raise RecipeError("\n".join(problems))
+def _unpriced(recipe: Recipe, draft: Draft) -> Iterator[Problem]:
+    """Models that a budget of money cannot be kept with; of one that is told of already, the price may be meant."""
+    told = {at[:2] for at, _ in draft.problems}
+    for name, entry in recipe.models.items():
+        if recipe.budget.usd is not None and entry.billed and entry.price is None and ("models", name) not in told:
+            yield (
+                ("models", name),
+                f"budget.usd is set, but models.{name} has no price; give price: {{input: 0, output: 0}} if it is free",
+            )
 
 
-def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[str]:
+def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]:
     """Keys and prompts sent in the open, and decoding that a model surely does not do."""
     for name, entry in recipe.models.items():
         for url in entry.urls():
             if problem := url_problem(url, allow_http):
-                yield f"models.{name}: {problem}"
+                yield ("models", name, "base_url"), f"models.{name}: {problem}"
     for i, stage in enumerate(recipe.stages):
         if isinstance(stage, Generate):
             for name in stage.models:
                 asked = recipe.models.get(name)  # a name that is no model there is a student, which answers here
                 if why := (asked.abilities(runs) if asked else LOCAL).refusal(stage.sampling()):
                     hint = "" if asked is None else "; if it does by now, say so in its `capabilities:`"
-                    yield f"stages.{i}.generate: models.{name}: {why}{hint}"
+                    yield ("stages", i, "generate"), f"models.{name}: {why}{hint}"
 
 
 def live(recipe: Recipe, runs: Path) -> Iterator[str]:

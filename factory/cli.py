@@ -124,17 +124,23 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
 
 def _share(text: str) -> float:
     """`5%` or `0.05`."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"write a share of 0 to 1, or of 0% to 100%, not {text!r}")
     return value
 
 
-def _load(arguments: argparse.Namespace) -> Any:
-    from factory.recipe import find, load
+def _draft(arguments: argparse.Namespace) -> Any:
+    from factory.recipe import draft
+    from factory.recipe_file import find
 
     named = arguments.recipe
     path = Path(named)
+    if path.is_dir():
+        raise RecipeError(f"{named} is a folder; name a recipe file, {path / 'recipe.yaml'} for example")
     if not path.is_file():
         try:
             path = find(named if path.suffix in (".yaml", ".yml") else f"recipes/{named}.yaml")
@@ -142,17 +148,17 @@ def _load(arguments: argparse.Namespace) -> Any:
             raise RecipeError(
                 f"there is no recipe {named!r}: no such file, and none of that name ships; `factory ls` lists those that do"
             ) from None
-    return load(path, arguments.set)
+    return draft(path, arguments.set)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from factory.check import refuse
+    from factory.check import check
     from factory.pipeline import run
 
-    recipe = _load(arguments)
-    refuse(recipe, arguments.runs, arguments.allow_http)
-    wait = LOOK_FIRST_S if arguments.wait else None
-    folder = run(recipe, arguments.runs, arguments.until, arguments.max_failed, arguments.retry_failed, wait)
+    draft, a = _draft(arguments), arguments
+    checked = check(draft, a.runs, a.allow_http, fetch=True)
+    wait = LOOK_FIRST_S if a.wait else None
+    folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0
@@ -161,12 +167,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from factory.check import check, live
 
-    recipe = _load(arguments)
-    for line in check(recipe, arguments.runs, arguments.allow_http):
+    draft = _draft(arguments)
+    for line in check(draft, arguments.runs, arguments.allow_http).warnings:
         print(f"warning: {line}")
-    print(f"{recipe.name}: the recipe is valid")
+    print(f"{draft.recipe.name}: the recipe is valid")
     if arguments.live:
-        for line in live(recipe, arguments.runs):
+        for line in live(draft.recipe, arguments.runs):
             print(line, flush=True)
     return 0
 

@@ -17,7 +17,8 @@ from factory.models import Models
 from factory.pair import PairUp
 from factory.plan import Step
 from factory.prompts import PromptLists
-from factory.recipe import Recipe, Stage, find
+from factory.recipe import Recipe, Stage
+from factory.recipe_file import find
 from factory.rows import digest
 from factory.run import StageFolder
 from factory.train import Train

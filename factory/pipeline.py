@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
+from factory.foresight import foresee
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import Judge, judge
@@ -37,7 +38,8 @@ from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
 from factory.prompt_spool import spooled
 from factory.prompts import PromptLists, lint, load
-from factory.recipe import Recipe, find
+from factory.recipe import Recipe
+from factory.recipe_file import find
 from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
@@ -51,17 +53,20 @@ UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "a
 
 def run(
     recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
-    wait: float | None = None,
+    wait: float | None = None, prompts: PromptLists | None = None,
 ) -> Path:  # fmt: skip
     """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
 
     `max_failed` is the share of draws of a stage that may stay without an answer: a doomed stage stops early, and a run
     that ends above it raises TooManyFailures when everything else is done. `retry_failed` asks for those draws again.
     `wait`: where a batch is submitted, stay until it is done, looking at it first after so many seconds; None raises Waiting.
+    `prompts`: the recipe's own, where they are read already.
     """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
-        work = Work(recipe, runs, journal, max_failed, retry_failed, wait)
+        work = Work(
+            recipe, prompts or load(recipe.prompts, recipe.seed, find), runs, journal, max_failed, retry_failed, wait
+        )
         work.begin(steps)
         try:
             for step in steps:
@@ -81,9 +86,10 @@ class Work:
     """One run in progress: what is made so far, and how each kind of step is done."""
 
     def __init__(
-        self, recipe: Recipe, runs: Path, journal: Journal, max_failed: float, retry_failed: bool, wait: float | None
-    ) -> None:
-        self.recipe, self.runs, self.journal = recipe, runs, journal
+        self, recipe: Recipe, prompts: PromptLists, runs: Path, journal: Journal, max_failed: float, retry_failed: bool,
+        wait: float | None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.prompts, self.runs, self.journal = recipe, prompts, runs, journal
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
@@ -106,15 +112,15 @@ class Work:
         for stage in self.recipe.stages:
             if isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
+        for finding in foresee(self.recipe, steps, self.prompts):
+            if finding.fatal:
+                raise RecipeError(str(finding))
+            say(str(finding))
         resolved = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         write_bytes(self.folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
         self.note("unfinished")
         for name in self.naming.needed(steps):
             self.models.ready(name)
-
-    @cached_property
-    def prompts(self) -> PromptLists:
-        return load(self.recipe.prompts, self.recipe.seed, find)
 
     def note(self, status: str) -> None:
         """The run's own manifest: which stage folders belong to it now. One that is killed stays `unfinished`."""

@@ -12,10 +12,12 @@ from factory.errors import RecipeError
 from factory.evaluate import Evaluate
 from factory.generate import Generate, Given
 from factory.judge import Judge
+from factory.mistakes import Problem
 from factory.pair import PairUp
 from factory.recipe import Recipe, Stage
 from factory.shape import Shape
 from factory.train import Train
+from factory.yamlfile import Path_
 
 Until = Literal["build", "train", "eval", "run"]
 Made = Literal["samples", "rows", "pairs"]
@@ -40,13 +42,21 @@ class Step(NamedTuple):
 
 def plan(recipe: Recipe, until: Until = "run") -> list[Step]:
     """The steps of a run in order; RecipeError where a stage finds nothing to read."""
+    steps, problems = draw(recipe, until)
+    if problems:
+        raise RecipeError("\n".join(f"{'.'.join(map(str, at))}: {text}" for at, text in problems))
+    return steps
+
+
+def draw(recipe: Recipe, until: Until = "run") -> tuple[list[Step], list[Problem]]:
+    """The same, as far as it goes, with the stages that find nothing to read."""
     drawing = _Drawing(recipe)
     for i, stage in enumerate(_wanted(recipe, until)):
-        drawing.add(stage, f"stages.{i}.{stage.kind}")
+        drawing.add(stage, ("stages", i, stage.kind))
     coming = recipe.stages[len(drawing.done) :] if until == "build" else []
     if not drawing.trained and not (coming and isinstance(coming[0], Train) and coming[0].from_):
         drawing.finish()
-    return drawing.steps
+    return drawing.steps, drawing.problems
 
 
 def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
@@ -54,6 +64,11 @@ def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
     stages: list[Stage] = recipe.stages
     last: type[Stage] = Evaluate if until == "eval" else Train
     ends = [i for i, stage in enumerate(stages) if isinstance(stage, last)]
+    if until in ("train", "eval") and not ends:
+        what = "an evaluate" if until == "eval" else "a train"
+        raise RecipeError(
+            f"{recipe.name} has no {what.split()[1]} stage; put {what} stage into it, or use `factory build`"
+        )
     if until == "run" or not ends:
         return stages
     return stages[: ends[0] if until == "build" else ends[-1] + 1]
@@ -63,12 +78,13 @@ class _Drawing:
     def __init__(self, recipe: Recipe) -> None:
         self.steps: list[Step] = []
         self.done: list[Stage] = []
+        self.problems: list[Problem] = []
         self.trained = False
         self._all_sets = tuple(prompt_set.title for prompt_set in recipe.prompts)
         self._named: dict[str, int] = {}
         self._made: dict[int, Made] = {}
 
-    def add(self, stage: Stage, where: str) -> None:
+    def add(self, stage: Stage, at: Path_) -> None:
         named = [stage.from_] if isinstance(stage.from_, str) else stage.from_ or []
         sets = tuple(name for name in named if name in self._all_sets)
         reads = tuple(self._named[name] for name in named if name in self._named)
@@ -78,25 +94,25 @@ class _Drawing:
             case Evaluate():
                 self._put(stage, (), sets or self._all_sets)
             case Train():
-                self._add_train(stage, reads, where)
+                self._add_train(stage, reads, at)
             case _:
                 if sets or not (reads or self._latest("samples")):
                     reads = (*reads, self._put(Given(), (), sets or self._all_sets))
                 self._put(stage, reads or self._latest("samples"), ())
         self.done.append(stage)
 
-    def _add_train(self, stage: Train, reads: tuple[int, ...], where: str) -> None:
+    def _add_train(self, stage: Train, reads: tuple[int, ...], at: Path_) -> None:
         wanted: Made = "rows" if stage.method == "sft" else "pairs"
         if not reads:
             reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
         if not reads and wanted == "rows":
             reads = (self._put(Given(), (), self._all_sets),)
         if not reads:
-            raise RecipeError(f"{where}: nothing before it makes {wanted}; put a `pair` stage there")
-        if wanted == "rows" and all(self._made[number] == "samples" for number in reads):
+            self.problems.append((at, f"nothing before it makes {wanted}; put a `pair` stage there"))
+        elif wanted == "rows" and all(self._made[number] == "samples" for number in reads):
             reads = (self._put(Shape(), reads, ()),)
         if wrong := [n for n in reads if self._made[n] != wanted]:
-            raise RecipeError(f"{where}: {stage.method} trains on {wanted}, but reads {self._made[wrong[0]]}")
+            self.problems.append((at, f"{stage.method} trains on {wanted}, but reads {self._made[wrong[0]]}"))
         self._put(stage, reads, ())
         self.trained = True
 

@@ -40,9 +40,20 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
     by_form = not {"prompt", "messages"} & mapped.keys()
 
     def read(row: dict[str, Any], place: str) -> Prompt:
-        fields = _recognised(row, place) if by_form else {}
+        fields: Fields = {}
+        wrong: list[str] = []  # all that is wrong with the columns is told at once
         for name, value in mapped.items():
-            fields[name] = value(row, place)
+            try:
+                fields[name] = value(row, place)
+            except RecipeError as e:
+                wrong.append(str(e))
+        if by_form:
+            try:
+                fields = {**_recognised(row, place), **fields}
+            except RecipeError as e:
+                wrong.append(str(e))
+        if wrong:
+            raise RecipeError("\n".join(wrong))
         return _prompt(fields, source)
 
     return read

@@ -87,7 +87,8 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 @dataclass
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
-    of prompts that do not go into `train`. `wanted` is how many were to be held out."""
+    of prompts that do not go into `train`. `wanted` is how many were to be held out; `references` and `answers`, how many
+    prompts have one."""
 
     name: str
     wanted: int = 0
@@ -98,11 +99,15 @@ class PromptList:
     held_out: set[str] = field(default_factory=set)
     held_out_elsewhere: set[str] = field(default_factory=set)
     straddling: int = 0
+    references: int = 0
+    answers: int = 0
 
     def add(self, line: int, prompt: Prompt) -> None:
         self.prompts.append(prompt)
         self.lines.append(line)
         self.ids.append(int(prompt.id, 16))
+        self.references += prompt.reference is not None
+        self.answers += prompt.completion is not None
 
     @property
     def kept(self) -> Iterator[tuple[int, Prompt]]:
@@ -160,11 +165,21 @@ def load(sets: list[PromptSet], seed: int, find: Find) -> PromptLists:
     """Read and split every list. RecipeError, with file and line, for what cannot be read or makes no sense."""
     lists: list[PromptList] = []
     for knobs in sets:
-        one = _read(knobs, find)
-        if any(one.name == other.name for other in lists):
-            raise RecipeError(f"prompts: two lists are called {one.name!r}; give one of them `name:`")
-        _split(one, seed)
-        lists.append(one)
+        if any(knobs.title == other.name for other in lists):
+            raise RecipeError(f"prompts: two lists are called {knobs.title!r}; give one of them `name:`")
+        lists.append(load_one(knobs, seed, find))
+    return together(lists)
+
+
+def load_one(knobs: PromptSet, seed: int, find: Find) -> PromptList:
+    """Read and split one list."""
+    one = _read(knobs, find)
+    _split(one, seed)
+    return one
+
+
+def together(lists: list[PromptList]) -> PromptLists:
+    """Lists of one recipe: what one of them holds out is not in another's train part."""
     for one in lists:
         _keep_apart(one, [other for other in lists if other is not one])
     return PromptLists(lists)

@@ -1,17 +1,12 @@
 """The recipe: one YAML file as a typed record. Every problem is reported at once, with file, line and nearest key."""
 
-import difflib
 import os
-import re
-import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import pydantic
 from pydantic import Field
 
-from factory import yamlfile
 from factory.budget import Budget
 from factory.choose import Choose
 from factory.curate import Curate
@@ -21,8 +16,10 @@ from factory.filters.rules import Tokens
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs, one_key
+from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
+from factory.recipe_file import Source, read, written
 from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
@@ -30,7 +27,7 @@ from factory.teachers.replay import Replay
 from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path
-from factory.yamlfile import Path_, Place
+from factory.yamlfile import Path_
 
 Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
 StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
@@ -63,39 +60,54 @@ class Recipe(Knobs):
         return next((stage for stage in asking if teacher in stage.models), None)
 
 
+class Draft(NamedTuple):
+    """A recipe as far as it makes sense, and what is wrong with the rest of the file.
+
+    `recipe` is None where nothing could be made of it. Parts that are wrong as a whole are left out: `positions` tells
+    where the others stood, `lost` which are missing.
+    """
+
+    source: Source
+    recipe: Recipe | None
+    problems: list[Problem]
+    positions: dict[str, list[int]]
+    lost: set[Path_]
+
+    def at(self, path: Path_) -> Path_:
+        """A path in `recipe` as one in the file."""
+        if len(path) > 1 and path[0] in self.positions:
+            return (path[0], self.positions[str(path[0])][int(path[1])], *path[2:])
+        return path
+
+    def lacks(self, part: str) -> bool:
+        """Whether something of `models`, `prompts` or `stages` is left out."""
+        return any(path[0] == part for path in self.lost)
+
+    def refuse(self, problems: Iterable[Problem] = ()) -> None:
+        """RecipeError with all problems, these included, in the order of the file; paths are those of the file."""
+        found = [(at, line) for at, text in [*self.problems, *problems] for line in text.splitlines()]
+        placed = [(self.source.place(at), line) for at, line in found]
+        lines = [f"{written(place)}: {text}" for place, text in sorted(placed, key=lambda one: one[0])]
+        if lines:
+            raise RecipeError("\n".join(dict.fromkeys(lines)))
+
+
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe with its parents and `--set` overrides; RecipeError lists every problem found."""
-    data, places = _with_parents(path)
-    for override in overrides:
-        _override(data, places, override)
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}:1: a recipe is a map with `name`, `prompts`, `stages`")
-    try:
-        recipe = Recipe.model_validate(data)
-    except pydantic.ValidationError as e:
-        problems = [_problem(error, data, places, path) for error in e.errors(include_url=False)]
-        raise RecipeError("\n".join(problems)) from None
-    if problems := [f"{_place(at, data, places, path)}: {text}" for at, text in _cross_check(recipe)]:
-        raise RecipeError("\n".join(problems))
-    return recipe
+    """Read a recipe with its parents and `--set` overrides; RecipeError lists every problem found in its text."""
+    drafted = draft(path, overrides)
+    drafted.refuse()
+    assert drafted.recipe is not None, "a recipe without problems"
+    return drafted.recipe
 
 
-def find(path: str) -> Path:
-    """A file of the user's, from the working directory; else one that ships with the factory."""
-    own = Path(path).expanduser()
-    if own.exists():
-        return own
-    if (there := shipped() / path).exists() and not own.is_absolute():
-        return there
-    raise RecipeError(
-        f"there is no file {path!r}, neither in {Path.cwd().name}/ nor among the shipped prompts and recipes"
-    )
-
-
-def shipped() -> Path:
-    """Where the shipped `prompts/` and `recipes/` are: inside the wheel, or beside the package in a clone."""
-    inside = Path(__file__).parent / "shipped"
-    return inside if inside.is_dir() else Path(__file__).parent.parent
+def draft(path: Path, overrides: Iterable[str] = ()) -> Draft:
+    """The same, with the problems for later: what is left of the recipe can be looked at further."""
+    source = read(path, overrides)
+    left = salvage(Recipe, source.data)
+    made = Draft(source, left.recipe, left.problems, left.positions, left.lost)
+    if left.recipe is not None:
+        made.problems.extend((made.at(at), text) for at, text in _cross_check(left.recipe, made))
+    return made
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -113,195 +125,78 @@ def warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-# -- parents and overrides ------------------------------------------------------------------------------------------
-
-
-def _with_parents(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Any, dict[Path_, Place]]:
-    """A file merged over the one it `extends`: maps merge, lists and whole models are replaced."""
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: `extends` goes in a circle")
-    data, places = yamlfile.read(path)
-    if not isinstance(data, dict) or "extends" not in data:
-        return data, places
-    parent_name = str(data.pop("extends"))
-    beside = path.parent / parent_name
-    try:
-        there = beside if beside.exists() else find(parent_name)
-    except RecipeError as e:
-        raise RecipeError(f"{_place(('extends',), data, places, path)}: extends: {e}") from None
-    parent, parent_places = _with_parents(there, (*seen, path.resolve()))
-    return _merge(parent, data, (), parent_places, places), parent_places
-
-
-def _merge(old: Any, new: Any, path: Path_, old_places: dict[Path_, Place], new_places: dict[Path_, Place]) -> Any:
-    whole = len(path) == 2 and path[0] == "models"
-    if isinstance(old, dict) and isinstance(new, dict) and not whole:
-        merged = dict(old)
-        for key, value in new.items():
-            merged[key] = _merge(old.get(key), value, (*path, key), old_places, new_places)
-        return merged
-    for stale in [p for p in old_places if p[: len(path)] == path]:
-        del old_places[stale]
-    old_places.update({p: place for p, place in new_places.items() if p[: len(path)] == path})
-    return new
-
-
-def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
-    """`--set stages.0.generate.n=4`: the value is YAML; maps merge, lists and whole models are replaced."""
-    keys, equals, text = override.partition("=")
-    if not equals or not keys:
-        raise RecipeError(f"--set {override}: write KEY=VALUE, for example --set stages.0.generate.n=4")
-    value, _ = yamlfile.parse(text, f"--set {keys}")
-    path: list[str | int] = []
-    here = data
-    *parents, last = keys.split(".")
-    for key in parents:
-        step = _step(here, key, override)
-        if isinstance(here, dict) and here.get(step) is None:
-            here[step] = {}
-        elif isinstance(here, list) and step == len(here):
-            here.append({})
-        here = here[step]
-        path.append(step)
-    step = _step(here, last, override)
-    if isinstance(here, dict) and isinstance(here.get(step), dict) and isinstance(value, dict) and path != ["models"]:
-        here[step] = {**here[step], **value}
-    elif isinstance(here, list) and step == len(here):
-        here.append(value)
-    else:
-        here[step] = value
-    for stale in [p for p in places if p[: len(path) + 1] == (*path, step)]:
-        del places[stale]
-    places[(*path, step)] = (f"--set {keys}", 0)
-
-
-def _step(here: Any, key: str, override: str) -> Any:
-    if isinstance(here, list):
-        if not key.isdecimal() or int(key) > len(here):
-            raise RecipeError(
-                f"--set {override}: {key!r} is not one of the {len(here)} items of that list (they count from 0)"
-            )
-        return int(key)
-    if not isinstance(here, dict):
-        told = "nothing" if here is None else f"the plain value {here!r}"
-        raise RecipeError(f"--set {override}: {key!r} cannot be set below {told}; set what holds it as a whole")
-    return key
-
-
-# -- errors with file, line and nearest key -------------------------------------------------------------------------
-
-
-def _problem(error: Any, data: Any, places: dict[Path_, Place], path: Path) -> str:
-    """One pydantic error as a sentence with its place."""
-    at = _yaml_path(error["loc"], data)
-    where = _place(at, data, places, path)
-    key = ".".join(str(part) for part in at) or "the recipe"
-    if error["type"] == "extra_forbidden":
-        known = sorted(_known_keys(error["loc"][:-1]))
-        unknown = str(error["loc"][-1])
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{where}: unknown key {key!r}; {hint}"
-    if error["type"] == "union_tag_invalid":
-        tags = re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
-        near = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(tags)}"
-        return f"{where}: {key}: there is no {str(error['ctx']['tag'])!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{where}: {key} is missing"
-    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
-    return f"{where}: {key}: {error['msg'].removeprefix('Value error, ')}{got}"
-
-
-def _yaml_path(loc: tuple[str | int, ...], data: Any) -> Path_:
-    """The error's path through our records as a path through the file: tags of unions are not keys there."""
-    path: list[str | int] = []
-    here = data
-    for i, part in enumerate(loc):
-        last = i == len(loc) - 1
-        if isinstance(here, dict) and (part in here or last):
-            path.append(part)
-            here = here.get(str(part))
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            path.append(part)
-            here = here[part]
-    return tuple(path)
-
-
-def _place(at: Path_, data: Any, places: dict[Path_, Place], path: Path) -> str:
-    """`file:line` of a path, or of the nearest thing around it."""
-    while at and at not in places:
-        at = at[:-1]
-    file, line = places.get(at, (str(path), 1))
-    return f"{file}:{line}" if line else file
-
-
-def _known_keys(loc: tuple[str | int, ...]) -> set[str]:
-    """The keys that the record at `loc` has: walk the types along the error's own path."""
-    here: set[type[Knobs]] = {Recipe}
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        tagged = {c for c in here if part in _tags(c)}
-        inner = {
-            r
-            for c in here
-            for f, info in c.model_fields.items()
-            if part in (f, info.alias)
-            for r in _records(info.annotation)
-        }
-        here = tagged or inner or here
-    return {info.alias or name for c in here for name, info in c.model_fields.items() if name != "kind"}
-
-
-def _tags(record: type[Knobs]) -> set[str]:
-    fields = [record.model_fields[name] for name in ("kind", "type") if name in record.model_fields]
-    return {str(field.default) for field in fields}
-
-
-def _records(annotation: Any) -> Iterator[type[Knobs]]:
-    if isinstance(annotation, type) and issubclass(annotation, Knobs):
-        yield annotation
-    for inner in typing.get_args(annotation):
-        yield from _records(inner)
-
-
 # -- what no single record can know ----------------------------------------------------------------------------------
 
 
-def _cross_check(recipe: Recipe) -> Iterator[tuple[Path_, str]]:
-    """Names that refer to nothing, in file order; each with its place."""
+def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
+    """Names that refer to nothing, and models that cannot do what they are named for; paths are those of `recipe`."""
+    lost = _names_lost(made)
     sets = {prompt_set.title for prompt_set in recipe.prompts}
     if len(sets) < len(recipe.prompts):
         yield ("prompts",), "two prompt lists have the same name; give one of them `name:`"
-    made: set[str] = set()
+    stages: set[str] = set()
     students: set[str] = set()
     for i, stage in enumerate(recipe.stages):
         at: Path_ = ("stages", i, stage.kind)
+        models = {*recipe.models, *students}
         for field, name in _models_named(stage):
-            if name not in recipe.models and name not in students:
-                yield (*at, field), f"there is no model {name!r}; {_nearest(name, {*recipe.models, *students})}"
+            if name not in models | lost:
+                yield (*at, field), f"there is no model {name!r}; {nearest(name, models | lost)}"
         sources = stage.from_ if isinstance(stage.from_, list) else [stage.from_] if stage.from_ else []
         for name in sources:
-            if name not in sets | made:
-                yield (*at, "from"), f"there is no prompt list or earlier stage {name!r}; {_nearest(name, sets | made)}"
-        if isinstance(stage, Generate) and stage.until and not _next_is_filter(recipe, i):
-            yield (*at, "until"), "until needs a filter right behind this stage: it says which answers are accepted"
-        if isinstance(stage, Choose) and stage.by == "logprob" and (silent := _tells_no_logprob(recipe, i)):
-            yield (
-                (*at, "by"),
-                f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above",
-            )
+            if name not in sets | stages | lost and ("prompts",) not in made.lost:
+                yield (
+                    (*at, "from"),
+                    f"there is no prompt list or earlier stage {name!r}; {nearest(name, sets | stages | lost)}",
+                )
+        yield from (((*at, *below), text) for below, text in _own_problems(recipe, i, stage, made))
         if isinstance(stage, Train):
-            for problem in check_args(stage.method, stage.args):
-                yield (*at, "args"), problem
-            if stage.as_ in recipe.models or stage.as_ in students:
+            if stage.as_ in models:
                 yield (*at, "as"), f"the name {stage.as_!r} is taken; give this student another one with `as:`"
             students.add(stage.as_)
         elif stage.as_:
-            if stage.as_ in made | sets:
+            if stage.as_ in stages | sets:
                 yield (*at, "as"), f"the name {stage.as_!r} is taken"
-            made.add(stage.as_)
+            stages.add(stage.as_)
+
+
+def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator[Problem]:
+    """What stage `i` cannot do in this recipe; paths start below the stage."""
+    match stage:
+        case Generate(until=until) if until and not (made.lacks("stages") or _next_is_filter(recipe, i)):
+            yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
+        case Choose(by="logprob") if silent := _tells_no_logprob(recipe, i):
+            yield ("by",), f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
+        case Train():
+            yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
+            if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
+                yield (
+                    ("student",),
+                    f"models.{stage.student} is `type: {start.type}`, which cannot be trained; a student is `type: transformers`",
+                )
+        case Evaluate():
+            named = [stage.from_] if isinstance(stage.from_, str) else stage.from_
+            if not made.lacks("prompts") and not any(
+                s.held_out for s in recipe.prompts if not named or s.title in named
+            ):
+                yield (), "no prompts are held out to be asked; set `held_out:` on a prompt list"
+
+
+def _names_lost(made: Draft) -> set[str]:
+    """The names that the parts left out would give: whoever uses them makes no mistake."""
+    names: set[str] = set()
+    for kind, *rest in made.lost:
+        part: Any = made.source.data.get(str(kind))
+        for key in rest:
+            part = part[key]
+        if kind == "models":
+            names.update(map(str, rest))
+        elif kind == "prompts" and isinstance(part, dict):
+            names.update({str(part.get("name")), Path(str(part.get("path"))).stem, Path(str(part.get("path"))).name})
+        elif kind == "stages" and isinstance(part, dict):
+            bodies = [body for body in part.values() if isinstance(body, dict)]
+            names.update(str(body.get("as", "student")) for body in bodies)
+    return names
 
 
 def _next_is_filter(recipe: Recipe, i: int) -> bool:
@@ -332,8 +227,3 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             yield from (("students", name) for name in stage.students)
             if stage.teacher:
                 yield "teacher", stage.teacher
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none yet'}"

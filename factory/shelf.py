@@ -8,7 +8,7 @@ import msgspec
 
 from factory.batch_journal import listed
 from factory.errors import RecipeError
-from factory.recipe import shipped
+from factory.recipe_file import shipped
 
 
 def listing(runs: Path) -> str:

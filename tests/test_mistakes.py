@@ -28,6 +28,7 @@ TEACHER = "{type: openai, model: m, base_url: http://127.0.0.1:9/v1, limits: {ma
         ("seed: 3", "seed: [", (), ("recipe.yaml", "not YAML")),
         ("name: tiny", "", (), ("name is missing",)),
         ("held_out: 6", "held_out: 60", (), ("held_out: 60 of 24",)),
+        ("name: questions", "columns: {promt: prompt}", (), ("recipe.yaml:6", "'prompts.0.columns.promt'", "did you mean 'prompt'")),
         ("n: 2", "n: 2", ("--set", "models.teacher={type: transformers, model: ./no/such/model}"), ("./no/such/model", "make weights")),
         ("n: 2", "n: 2", ("--set", "models.teacher={type: transformers, model: ./}"), ("no config.json",)),
         ("n: 2", "n: 2", ("--set", "models.teacher={type: replay, path: answers.jsonl}"), ("answers.jsonl",)),
@@ -62,6 +63,9 @@ def test_a_mistake_in_the_recipe_is_told_with_its_place_before_anything_is_sent(
         (["check", "latin.yaml"], ("latin.yaml:1", "not UTF-8")),
         (["check", "list.yaml"], ("list.yaml:1", "a recipe is a map")),
         (["build"], ("required: recipe",)),
+        (["build", "."], ("is a folder", "recipe.yaml")),
+        (["build", "recipe.yaml", "--max-failed", "foo"], ("--max-failed: write a share", "'foo'")),
+        (["build", "recipe.yaml", "--max-failed", "500%"], ("--max-failed: write a share", "'500%'")),
         (["bild", "recipe.yaml"], ("invalid choice: 'bild'",)),
     ],
 )

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from factory.prompts import load as load_prompts
-from factory.recipe import Recipe, find, load
+from factory.recipe import Recipe, load
+from factory.recipe_file import find
 from factory.rows import Prompt, Sample
 from factory.rubric import load as load_rubric
 from factory.rubric import render

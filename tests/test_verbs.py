@@ -11,7 +11,8 @@ from factory.models import Models
 from factory.naming import Naming
 from factory.plan import plan
 from factory.prompts import load as load_prompts
-from factory.recipe import find, load
+from factory.recipe import load
+from factory.recipe_file import find
 from factory.run import StageFolder, write_json
 from tests.command import ASKED, QUESTIONS, STAGES, TRAINING, factory, folder, read_jsonl, recipe, report, told, typed
 from tests.server import chat, in_thread
@@ -87,8 +88,8 @@ def test_a_verb_goes_as_far_as_the_last_stage_of_its_kind(tmp_path: Path, verb: 
     assert len(steps) == {"build": 2, "train": 7, "eval": 8, "run": 9}[verb]
 
 
-@pytest.mark.parametrize("verb", ["build", "train", "eval", "run"])
-def test_without_a_train_every_verb_means_all_stages(tmp_path: Path, verb: Any) -> None:
+@pytest.mark.parametrize("verb", ["build", "run"])
+def test_without_a_train_build_and_run_mean_all_stages(tmp_path: Path, verb: Any) -> None:
     folder(tmp_path, recipe("http://127.0.0.1:9/v1"))
     assert [step.knobs.kind for step in plan(load(tmp_path / "recipe.yaml"), verb)] == [
         "generate", "filter", "choose", "shape",
@@ -197,14 +198,17 @@ def test_answers_from_elsewhere_are_curated_without_any_model(tmp_path: Path) ->
     assert report(tmp_path)["funnel"][2]["reasons"] == {"duplicate": 4}
 
 
-def test_a_recipe_that_makes_no_rows_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verb", "stage"), [("train", "a train stage"), ("eval", "an evaluate stage")])
+def test_a_verb_without_its_stage_is_refused(tmp_path: Path, verb: str, stage: str) -> None:
+    with in_thread() as server:
+        folder(tmp_path, recipe(server.url))
+        told(typed(tmp_path, verb, "recipe.yaml"), 2, stage, "factory build")
+        assert not server.seen
+
+
+def test_a_recipe_without_stages_over_prompts_without_answers_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, "name: tiny\nprompts: [{path: prompts.jsonl}]\n")
-    done = typed(tmp_path, "build", "recipe.yaml")
-    assert done.returncode == 0
-    assert "no rows" in done.stderr
-    student = "{type: transformers, model: ./nowhere}"
-    training = ("--set", f"models.base={student}", "--set", "stages=[{train: {method: sft, student: base}}]")
-    assert typed(tmp_path, "check", "recipe.yaml", *training).returncode == 0
+    told(typed(tmp_path, "build", "recipe.yaml"), 2, "recipe.yaml:2", "no row of prompts brings an answer")
 
 
 # -- what a recipe can be made of ----------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""What a plan cannot come to, told before anything is sent: stages that give no row, whatever is answered.
+
+Followed step by step are the scores that rows carry, the prompt lists that they come from, and how many answers a prompt
+can have at most. Only what is certain is told.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from factory.choose import Choose
+from factory.curate import Curate
+from factory.errors import RecipeError
+from factory.evaluate import Evaluate
+from factory.filters.duplicates import Duplicates
+from factory.filters.reference import MatchesReference
+from factory.generate import Generate, Given
+from factory.judge import Judge
+from factory.mistakes import nearest
+from factory.pair import PairUp
+from factory.plan import Step
+from factory.prompts import PromptLists
+from factory.recipe import Recipe
+from factory.recipe_file import find
+from factory.rubric import load as load_rubric
+from factory.yamlfile import Path_
+
+
+class Finding(NamedTuple):
+    """`fatal`: no row can come of it; else it only does nothing. The path is one in the recipe."""
+
+    at: Path_
+    text: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.at))}: {self.text}"
+
+
+class _Flow(NamedTuple):
+    """What is known of the rows behind a step. `scores` is None where a rubric cannot be read; `most` is per prompt."""
+
+    scores: frozenset[str] | None
+    sets: frozenset[str]
+    most: float
+
+
+def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> Iterator[Finding]:
+    """Findings in the order of the steps; what rows bring with them is not looked at where `prompts` is None."""
+    flows: dict[int, _Flow] = {}
+    for step in steps:
+        before = _join([flows[number] for number in step.reads])
+        for finding in _of_step(step, before, steps, prompts):
+            yield finding._replace(at=(*_path(recipe, step), *finding.at))
+        flows[step.number] = _behind(step, before)
+
+
+def _path(recipe: Recipe, step: Step) -> Path_:
+    at = next((i for i, stage in enumerate(recipe.stages) if stage is step.knobs), None)
+    return () if at is None else ("stages", at, step.knobs.kind)
+
+
+def _join(flows: list[_Flow]) -> _Flow:
+    known = [flow.scores for flow in flows if flow.scores is not None]
+    scores = frozenset().union(*known) if len(known) == len(flows) else None
+    return _Flow(scores, frozenset().union(*(flow.sets for flow in flows)), sum(flow.most for flow in flows))
+
+
+def _behind(step: Step, before: _Flow) -> _Flow:
+    match step.knobs:
+        case Given():
+            return _Flow(frozenset(), frozenset(step.sets), math.inf)
+        case Generate() as knobs:
+            askers = 1 if isinstance(knobs.model, dict) else len(knobs.models)
+            return _Flow(frozenset({"logprob"}), before.sets.union(step.sets), askers * knobs.draws)
+        case Judge() as knobs:
+            if before.scores is None or (name := _score_name(knobs)) is None:
+                return before._replace(scores=None)
+            return before._replace(scores=before.scores | {name})
+        case Choose(per="prompt") as knobs:
+            return before._replace(most=min(before.most, knobs.best or knobs.cap or 0))
+        case _:
+            return before
+
+
+def _score_name(knobs: Judge) -> str | None:
+    try:
+        return knobs.as_ or load_rubric(find(knobs.rubric)).head.name
+    except RecipeError:
+        return None
+
+
+def _of_step(step: Step, before: _Flow, steps: list[Step], prompts: PromptLists | None) -> Iterator[Finding]:
+    match step.knobs:
+        case Given() if not _any_brings("answers", step.sets, prompts):
+            if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
+                text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"
+                yield Finding(("prompts",), text)
+        case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
+            yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
+        case Choose(by=str(by)) if by != "closest_to_reference":
+            yield from _scored(("by",), by, before)
+        case Curate() as knobs:
+            for i, one in enumerate(knobs.filters):
+                if isinstance(one, Duplicates) and one.by is not None:
+                    yield from _scored((i, one.kind, "by"), one.by, before)
+                if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
+                    text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
+                    yield Finding((i,), text, fatal=False)
+        case PairUp() as knobs:
+            yield from _paired(knobs, before)
+
+
+def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
+    if before.most < 2:
+        yield Finding(
+            (), "a pair needs two answers to a prompt, and at most one gets here; ask several models, or raise n"
+        )
+    judged = sorted((before.scores or frozenset()) - {"logprob"})
+    if knobs.score is not None:
+        yield from _scored(("score",), knobs.score, before)
+    elif before.scores is not None and not judged:
+        yield Finding((), "nothing before it scores the answers; put a `judge` stage there, or say `score: logprob`")
+    elif len(judged) > 1:
+        yield Finding((), f"the answers have several scores ({', '.join(judged)}); name one: pair: {{score: ...}}")
+
+
+def _scored(at: Path_, name: str, before: _Flow) -> Iterator[Finding]:
+    if before.scores is not None and name not in before.scores:
+        yield Finding(at, f"nothing before it gives the score {name!r}; {nearest(name, before.scores)}")
+
+
+def _any_brings(what: str, sets: Iterable[str], prompts: PromptLists | None) -> bool:
+    """Whether a prompt of these lists has `references` or `answers`; of a list that was not read it may be so."""
+    lists = prompts.by_name if prompts is not None else {}
+    return any(name not in lists or getattr(lists[name], what) for name in sets)
+
+
+def _of(sets: frozenset[str] | tuple[str, ...]) -> str:
+    return ", ".join(sorted(sets))

@@ -14,8 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import pydantic
 
+from factory.errors import RecipeError
 from factory.knobs import Knobs
-from factory.yamlfile import Path_
+from factory.yamlfile import Path_, Place, place
 
 Record = TypeVar("Record", bound=Knobs)
 
@@ -43,9 +44,7 @@ def salvage(record: type[Record], data: dict[str, Any]) -> Salvaged[Record]:
         try:
             recipe = record.model_validate(rest.data)
         except pydantic.ValidationError as e:
-            if not rest.cut(
-                [(_path(error["loc"], rest.data), _told(error, rest.data, record)) for error in _errors(e)]
-            ):
+            if not rest.cut(explained(e, rest.data, record)):
                 return Salvaged(None, rest.problems, rest.positions, rest.lost)
         else:
             return Salvaged(recipe, rest.problems, rest.positions, rest.lost)
@@ -131,14 +130,24 @@ def _take_out(data: Any, at: Path_) -> None:
 # -- sentences -------------------------------------------------------------------------------------------------------
 
 
-def _errors(error: pydantic.ValidationError) -> list[Any]:
-    return list(error.errors(include_url=False))
+def explained(error: pydantic.ValidationError, data: Any, record: type[Knobs]) -> list[Problem]:
+    """What pydantic found wrong in `data`, read as a `record` or a list of them."""
+    return [(_path(one["loc"], data), _told(one, data, record)) for one in error.errors(include_url=False)]
+
+
+def refusal(
+    error: pydantic.ValidationError, data: Any, places: dict[Path_, Place], name: str, record: type[Knobs]
+) -> RecipeError:
+    """The same as an error, with file and line, for a smaller file that is read as a whole or not at all."""
+    problems = explained(error, data, record)
+    placed = [(*place(places, at, name), text) for at, text in problems]
+    return RecipeError("\n".join(f"{file}:{line}: {text}" for file, line, text in placed))
 
 
 def _told(error: Any, data: Any, record: type[Knobs]) -> str:
     """One pydantic error as a sentence."""
     at = _path(error["loc"], data)
-    key = ".".join(str(part) for part in at) or "the recipe"
+    key = ".".join(str(part) for part in at) or "the whole"
     if error["type"] == "extra_forbidden":
         known = sorted(_known_keys(error["loc"][:-1], record))
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
@@ -166,9 +175,9 @@ def _path(loc: tuple[str | int, ...], data: Any) -> Path_:
         if isinstance(here, dict) and (part in here or last):
             path.append(part)
             here = here.get(str(part))
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+        elif isinstance(here, list) and isinstance(part, int) and (part < len(here) or last):
             path.append(part)
-            here = here[part]
+            here = here[part] if part < len(here) else None
     return tuple(path)
 
 

@@ -19,9 +19,7 @@ class Source(NamedTuple):
 
     def place(self, at: Path_) -> Place:
         """File and line of a path, or of the nearest thing around it; line 0 is a value of `--set`."""
-        while at and at not in self.places:
-            at = at[:-1]
-        return self.places.get(at, (str(self.file), 1))
+        return yamlfile.place(self.places, at, str(self.file))
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Source:

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from factory import yamlfile
 from factory.errors import RecipeError
 from factory.knobs import Knobs
+from factory.mistakes import refusal
 from factory.rows import Message, Prompt, Sample, digest
 
 BLANKS = ("prompt", "response", "reference", "fence")
@@ -92,15 +93,7 @@ def _head(text: str, path: Path) -> Head:
     try:
         return Head.model_validate(data)
     except ValidationError as e:
-        problems = []
-        for error in e.errors():
-            _, line = places.get(error["loc"], places.get(error["loc"][:1], (str(path), 1)))
-            key = ".".join(map(str, error["loc"])) or "the head"
-            told = (
-                f"unknown key; known here: {', '.join(Head.model_fields)}" if "extra" in error["type"] else error["msg"]
-            )
-            problems.append(f"{path}:{line}: {key}: {told.removeprefix('Value error, ')}")
-        raise RecipeError("\n".join(problems)) from None
+        raise refusal(e, data, places, str(path), Head) from None
 
 
 def _template(text: str, path: Path) -> jinja2.Template:

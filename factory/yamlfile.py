@@ -58,6 +58,13 @@ def parse(text: str, name: str) -> tuple[Any, dict[Path_, Place]]:
     return (builder.build(node, ()) if node is not None else None), builder.places
 
 
+def place(places: dict[Path_, Place], at: Path_, name: str) -> Place:
+    """Where a value stands, or the nearest thing around one that is missing; `name` is the file of the whole."""
+    while at and at not in places:
+        at = at[:-1]
+    return places.get(at, (name, 1))
+
+
 class _Builder:
     def __init__(self, name: str) -> None:
         self.name = name

@@ -206,7 +206,7 @@ BAD_EXPLANATIONS = [
     ("messages: []\n", r"e\.yaml:1: .*valid list"),
     (
         "- {id: a, text: x}\n- {id: b, txt: y}\n",
-        r"(?s)e\.yaml:2: 1\.text: Field required.*e\.yaml:2: 1\.txt: Extra inputs",
+        r"(?s)e\.yaml:2: 1\.text is missing.*e\.yaml:2: unknown key '1\.txt'; did you mean 'text'\?",
     ),
     ("- {id: a, text: x}\n- {id: a, text: y}\n", r"e\.yaml:2: the id 'a' appears twice"),
     ("- {id: a, text: x, weight: -1}\n", r"e\.yaml:1: 0\.weight: .*greater than or equal to 0"),

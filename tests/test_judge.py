@@ -39,16 +39,16 @@ MISTAKES: list[tuple[str | bytes, int | None, str]] = [
     ("", 1, "starts with a head"),
     ("# Just text\n{{ response }}", 1, "starts with a head"),
     ("---\nname: x\n{{ response }}", 1, "starts with a head"),
-    ("---\n- a\n- b\n---\n{{ response }}", 2, "the head: Input should be a valid dictionary"),
+    ("---\n- a\n- b\n---\n{{ response }}", 2, "the whole: Input should be a valid dictionary"),
     ("---\nname: [\n---\n{{ response }}", 3, "not YAML"),
     ("---\nname: a\nname: b\n---\n{{ response }}", 3, "'name' appears twice"),
     (HEAD.replace("brevity", "Very Short") + BODY, 2, "name: String should match"),
     (HEAD.replace("[1, 5]", "[5, 1]") + BODY, 3, "scale: write [low, high] with low < high"),
-    (HEAD.replace("[1, 5]", "[1]") + BODY, 3, "scale.1: Field required"),
+    (HEAD.replace("[1, 5]", "[1]") + BODY, 3, "scale.1 is missing"),
     (HEAD.replace("[1, 5]", "[1, five]") + BODY, 3, "scale.1: Input should be a valid number"),
-    (HEAD.replace("licence: Apache-2.0\n", "") + BODY, 1, "licence: Field required"),
-    (HEAD.replace("origin", "license: MIT\norigin") + BODY, 4, "license: unknown key; known here: name, scale, origin, licence"),
-    (HEAD.replace("origin", "template: x\norigin") + BODY, 4, "template: unknown key"),
+    (HEAD.replace("licence: Apache-2.0\n", "") + BODY, 2, "licence is missing"),
+    (HEAD.replace("origin", "license: MIT\norigin") + BODY, 4, "unknown key 'license'; did you mean 'licence'?"),
+    (HEAD.replace("origin", "weights: x\norigin") + BODY, 4, "unknown key 'weights'; known here: examples, licence, name, origin, scale"),
     (HEAD + "Judge this.\n\n{{ answer }}\n{{ response }}", 9, "'answer' is unknown; a rubric has prompt, response, reference, fence"),
     (HEAD + "\n\nJudge\n{% if prompt %}\n{{ response }}", 11, "Unexpected end of template"),
     (HEAD + "Judge\n{{ response", 8, "unexpected end of template"),
@@ -80,7 +80,7 @@ def test_all_mistakes_of_a_head_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as raised:
         load(rubric(tmp_path, "---\nname: A\nscale: [2, 1]\n---\n{{ response }}"))
     lines = str(raised.value).splitlines()
-    assert [line.partition(" ")[0].rpartition("rubric.md")[2] for line in lines] == [":2:", ":3:", ":1:", ":1:"]
+    assert [line.partition(" ")[0].rpartition("rubric.md")[2] for line in lines] == [":2:", ":3:", ":2:", ":2:"]
 
 
 def test_a_folder_is_no_rubric(tmp_path: Path) -> None:

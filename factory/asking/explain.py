@@ -15,6 +15,7 @@ from factory import yamlfile
 from factory.asking.system import with_system
 from factory.errors import RecipeError
 from factory.knobs import Knobs
+from factory.mistakes import refusal
 from factory.prompt_files import Find
 from factory.rows import Message, Prompt, digest
 
@@ -46,14 +47,12 @@ class Explain(Knobs):
         try:
             found = pydantic.TypeAdapter(list[Explanation]).validate_python(data)
         except pydantic.ValidationError as e:
-            faults = [(_place(places, error["loc"], str(path)), error) for error in e.errors(include_url=False)]
-            raise RecipeError(
-                "\n".join(f"{place}: {'.'.join(map(str, error['loc']))}: {error['msg']}" for place, error in faults)
-            ) from None
+            raise refusal(e, data, places, str(path), Explanation) from None
         ids = [explanation.id for explanation in found]
         for i, id_ in enumerate(ids):
             if id_ in ids[:i]:
-                raise RecipeError(f"{_place(places, (i, 'id'), str(path))}: the id {id_!r} appears twice")
+                file, line = yamlfile.place(places, (i, "id"), str(path))
+                raise RecipeError(f"{file}:{line}: the id {id_!r} appears twice")
         if not any(explanation.weight for explanation in found if not explanation.only):
             raise RecipeError(f"{path}:1: no message with a weight above 0 is for every prompt")
         return ExplainAsker(found)
@@ -80,11 +79,3 @@ def is_multiple_choice(prompt: Prompt) -> bool:
     """Tagged so, or with lines that offer the first two options of a list: A and B, or 1 and 2."""
     labels = [label.upper() for label in OPTION.findall(prompt.text)]
     return MULTIPLE_CHOICE in prompt.tags or labels[:2] in (["A", "B"], ["1", "2"])
-
-
-def _place(places: dict[yamlfile.Path_, yamlfile.Place], at: Sequence[str | int], path: str) -> str:
-    """`file:line` of a value, or of the nearest thing around a missing one."""
-    while at and tuple(at) not in places:
-        at = at[:-1]
-    file, line = places.get(tuple(at), (path, 1))
-    return f"{file}:{line}"

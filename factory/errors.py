@@ -2,7 +2,7 @@
 
     FactoryError                     1   a bug of ours, if it has no better class
     ├── RecipeError                  2   the recipe, a path or an option is wrong
-    ├── TooManyFailures              3   the run finished, but over its failure limit
+    ├── TooManyFailures              3   the run finished, but over its failure limit, or without a row
     ├── AuthError                    4   key missing or refused, TLS
     ├── BudgetError                  5   money, requests, tokens or hours are used up
     ├── IdentityError                6   the endpoint answers as another model
@@ -34,7 +34,7 @@ class RecipeError(FactoryError):
 
 
 class TooManyFailures(FactoryError):
-    """The run ended, but more rows failed than the limit allows."""
+    """The run ended, but more rows failed than the limit allows, or none is left."""
 
     exit_code = 3
 

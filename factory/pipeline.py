@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from factory import __version__, dataset, report
+from factory import __version__, report
 from factory.ask import Desk, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
@@ -38,9 +38,10 @@ from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
 from factory.prompt_spool import spooled
 from factory.prompts import PromptLists, lint, load
+from factory.publish import publish
 from factory.recipe import Recipe
 from factory.recipe_file import find
-from factory.rows import Pair, Prompt, Row, Sample, TrainRow, by_prompt, digest, union
+from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import StageFolder, StageWriter, write_bytes, write_json
 from factory.shape import Shape, shape, student_view
@@ -79,6 +80,7 @@ def run(
         work.note("done")
         report.build(work.folder)
         work.check_failures(steps)
+        work.check_rows(steps)
     return work.folder
 
 
@@ -143,6 +145,16 @@ class Work:
                     f"--max-failed {self.max_failed:g}; the rest is finished and stands in {self.folder}. "
                     "--retry-failed asks for them again"
                 )
+
+    def publish(self, steps: list[Step]) -> None:
+        """Write `dataset/` from what the steps have made."""
+        self.rows = publish(self.recipe, self.prompts, self.models, steps, self.made, self.folder / "dataset")
+
+    def check_rows(self, steps: list[Step]) -> None:
+        """TooManyFailures where a run that makes a data set has made an empty one; measuring alone makes none."""
+        if any(splits["train"] for splits in self.rows.values()) or any(isinstance(s.knobs, Evaluate) for s in steps):
+            return
+        raise TooManyFailures(f"the data set has no rows; `factory show {self.recipe.name}` tells where they went")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -309,51 +321,6 @@ class Work:
         write_json(out.folder / "evaluation.json", data)
         facts |= _cost(examiner.tallies)
         return len(answers)
-
-    # -- the data set ------------------------------------------------------------------------------------------------------
-
-    def publish(self, steps: list[Step]) -> None:
-        """Write `dataset/` from what the training steps read, or from the last rows where nothing trains."""
-        sources = [(str(step.knobs.as_), step.reads) for step in steps if isinstance(step.knobs, Train)]
-        made = [step for step in steps if isinstance(step.knobs, Shape | PairUp)]
-        if made and not any(made[-1].number in reads for _, reads in sources):
-            sources.append((made[-1].knobs.as_ or "default", (made[-1].number,)))
-        configs = []
-        for name, reads in sources:
-            preferences = all(isinstance(steps[number - 1].knobs, PairUp) for number in reads)
-            kind: type[Pair] | type[TrainRow] = Pair if preferences else TrainRow
-            test = (lambda: iter(())) if preferences else partial(self._test_rows, steps)
-            configs.append(
-                dataset.Config(name=name, train=partial(_rows, [self.made[n] for n in reads], kind), test=test)
-            )
-        self.rows = dataset.write(
-            self.folder / "dataset", name=self.recipe.name, configs=configs, card=self._card(steps)
-        )
-        if not any(splits["train"] for splits in self.rows.values()):
-            say(f"the data set has no rows; `factory show {self.recipe.name}` tells where they went")
-
-    def _test_rows(self, steps: list[Step]) -> Iterator[TrainRow]:
-        """Held-out prompts with the teacher's accepted answers, or with those that came with their rows."""
-        evaluated = [(s.number, s.knobs.teacher) for s in steps if isinstance(s.knobs, Evaluate) and s.knobs.teacher]
-        filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
-        if evaluated:
-            number, teacher = evaluated[0]
-            answers = (s for s in self.made[number].rows(Sample) if s.model == teacher)
-        else:
-            held_out = chain.from_iterable(self.prompts.test(prompt_set.title) for prompt_set in self.recipe.prompts)
-            answers = (s for s in given(held_out) if accepts(filters, s) is None)
-        yield from (row for row in shape(self.recipe.view(), by_prompt(answers)) if isinstance(row, TrainRow))
-
-    def _card(self, steps: list[Step]) -> dict[str, Any]:
-        """The facts that the data set's card is made of; nothing that changes from run to run."""
-        funnel = [self.made[step.number].manifest for step in steps]
-        terms = {name: {"model": getattr(e, "model", name), "terms": e.terms} for name, e in self.recipe.models.items()}
-        prompts = [{"name": p.title, "path": p.path} for p in self.recipe.prompts]
-        return {"recipe": self.recipe.name, "funnel": funnel, "teachers": terms, "prompts": prompts}
-
-
-def _rows(folders: list[StageFolder], kind: Any) -> Iterator[Any]:
-    return chain.from_iterable(folder.rows(kind) for folder in folders)
 
 
 def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:

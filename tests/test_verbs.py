@@ -153,7 +153,7 @@ def test_the_same_command_twice_does_nothing_twice_and_a_change_is_done_from_whe
 
         changed = factory(tmp_path, "build", "recipe.yaml", "--set", "stages.1.filter.1.words.min=99")
         assert did(changed.stderr) == (["filter", "choose", "shape"], ["generate"])
-        assert changed.returncode == 0
+        assert changed.returncode == 3
         assert read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl") == []
         assert "has no rows" in (tmp_path / "runs/tiny/dataset/README.md").read_text()
         back = factory(tmp_path, "build", "recipe.yaml")
@@ -209,6 +209,17 @@ def test_a_verb_without_its_stage_is_refused(tmp_path: Path, verb: str, stage: s
 def test_a_recipe_without_stages_over_prompts_without_answers_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, "name: tiny\nprompts: [{path: prompts.jsonl}]\n")
     told(typed(tmp_path, "build", "recipe.yaml"), 2, "recipe.yaml:2", "no row of prompts brings an answer")
+
+
+def test_a_data_set_without_a_row_is_no_success(tmp_path: Path) -> None:
+    with in_thread() as server:
+        folder(tmp_path, recipe(server.url, stages=STAGES.replace("min: 3", "min: 300")))
+        told(typed(tmp_path, "build", "recipe.yaml"), 3, "no rows", "factory show tiny")
+        assert (tmp_path / "runs/tiny/report.html").exists()
+        asked = len(server.seen)
+        told(typed(tmp_path, "build", "recipe.yaml"), 3, "no rows")
+        assert len(server.seen) == asked
+        assert typed(tmp_path, "build", "recipe.yaml", "--set", "stages.1.filter.1.words.min=1").returncode == 0
 
 
 # -- what a recipe can be made of ----------------------------------------------------------------------------------------

@@ -11,11 +11,9 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from factory.budget import Hold
-from factory.errors import JournalError
 from factory.journal import INSERT_ATTEMPT, Journal
 from factory.rows import Failure, digest
 
@@ -120,20 +118,3 @@ def failures(journal: Journal, run: str, identity: str) -> dict[str, tuple[Failu
         for key in keys.split():
             found[key] = (Failure(reason=reason, detail=detail or ""), found[key][1] + 1 if key in found else 1)
     return found
-
-
-def listed(journal: Path, run: str) -> list[Batch]:
-    """The open batches of a run, read from outside: also while another process holds the journal."""
-    if not journal.is_file():
-        return []
-    # where there is no write-ahead log nobody writes, and the folder may be read-only
-    mode = "mode=ro" if journal.with_name(journal.name + "-wal").exists() else "immutable=1"
-    db = sqlite3.connect(f"{journal.absolute().as_uri()}?{mode}", uri=True, timeout=30)
-    try:
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name='batch'").fetchone():
-            return []  # a journal from before there were batches
-        return [Batch(*row) for row in db.execute(f"{OPEN} AND run=? ORDER BY built", [run])]
-    except sqlite3.DatabaseError as e:
-        raise JournalError(f"{journal} is damaged ({e}); `factory journal verify` says what can be saved") from None
-    finally:
-        db.close()

@@ -12,7 +12,7 @@ from factory.signals import Interrupted, interrupting
 EXIT_CODES = """
 exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit, 4 key or TLS, 5 budget or quota,
 6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
-13 a batch is submitted: run the same command again to collect it, 129/130/143 stopped
+13 a batch is submitted: run the same command again to collect it, 129/130/143 stopped, 141 output closed
 """
 
 LOOK_FIRST_S = 5.0

@@ -43,7 +43,7 @@ from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
-from factory.run import StageFolder, StageWriter, write_bytes, write_json
+from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
 from factory.shape import Shape, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
@@ -68,14 +68,14 @@ def run(
         work = Work(
             recipe, prompts or load(recipe.prompts, recipe.seed, find), runs, journal, max_failed, retry_failed, wait
         )
-        work.begin(steps)
         try:
+            work.begin(steps)
             for step in steps:
                 work.do(step)
             work.publish(steps)
         except BaseException as e:
             with suppress(OSError):  # on a full disk, what stopped us tells more
-                work.note("waiting" if isinstance(e, Waiting) else "stopped")
+                work.note("waiting" if isinstance(e, Waiting) else "stopped", why=stopped_by(e))
             raise
         work.note("done")
         report.build(work.folder)
@@ -111,6 +111,7 @@ class Work:
         stop_orphans(self.runs / "servers")
         for line in lint(self.prompts):
             say(f"prompts: {line}")
+        write_lines(self.folder / PROMPTS_DROPPED, self.prompts.dropped())
         for stage in self.recipe.stages:
             if isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
@@ -124,13 +125,13 @@ class Work:
         for name in self.naming.needed(steps):
             self.models.ready(name)
 
-    def note(self, status: str) -> None:
+    def note(self, status: str, **why: str) -> None:
         """The run's own manifest: which stage folders belong to it now. One that is killed stays `unfinished`."""
-        folders = [folder.path.name for folder in self.made.values()]
+        recipe, folders = self.recipe, [folder.path.name for folder in self.made.values()]
         versions = {"factory": __version__, "python": platform.python_version()}
-        recipe_hash = digest(self.recipe.model_dump(mode="json", by_alias=True))
-        facts = {"name": self.recipe.name, "recipe_hash": recipe_hash, "seed": self.recipe.seed, "status": status}
-        spent = self.journal.spent(self.recipe.name)._asdict()
+        recipe_hash = digest(recipe.model_dump(mode="json", by_alias=True))
+        facts = {"name": recipe.name, "recipe_hash": recipe_hash, "seed": recipe.seed, "status": status, **why}
+        spent = self.journal.spent(recipe.name)._asdict()
         lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
         whole = {**facts, "stages": folders, "versions": versions, "prompts": lists, "spent": spent, "rows": self.rows}
         write_json(self.folder / "manifest.json", whole)

@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from factory.errors import RecipeError
 
 MAX_LINE = 1 << 24
 """Bytes of one line. A longer one means that the file is not what its suffix says."""
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may part the columns of a CSV file."""
 
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+\Z", re.ASCII)
 
@@ -106,7 +109,10 @@ def _column(line: str, error: Exception) -> int:
 
 def _csv(path: Path) -> Numbered:
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    lines = (line for _, line in _lines(path))
+    first = next(lines, "")
+    separator = _separator(first)
+    reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
     start = 1
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -116,11 +122,18 @@ def _csv(path: Path) -> Numbered:
         for fields in reader:
             if fields and len(fields) != len(header):
                 counts = f"{len(fields)} fields, but the header has {len(header)}"
-                raise RecipeError(f"{path}:{start}: {counts}; quote text that holds commas")
+                raise RecipeError(f"{path}:{start}: {counts}; quote text that holds {SEPARATORS[separator]}")
             yield start, dict(zip(header, fields, strict=True)) if fields else None
             start = reader.line_num + 1  # a quoted field may go over several lines
     except csv.Error as e:
         raise RecipeError(f"{path}:{start}: not CSV: {e}") from None
+
+
+def _separator(header: str) -> str:
+    """What parts the names in a header; spreadsheets of many countries write semicolons. A comma wins over the others,
+    and none of them means one column."""
+    bare = re.sub(r'"[^"]*"?', "", header)
+    return next((mark for mark in SEPARATORS if mark in bare), ",")
 
 
 def _parquet(path: Path) -> Numbered:

@@ -24,7 +24,7 @@ from factory.knobs import Knobs
 from factory.prompt_files import READERS, Find, read
 from factory.prompt_rows import Column, Reader, Unreadable, prompt_reader
 from factory.prompt_spool import Part, Spool
-from factory.rows import Prompt, Row, digest
+from factory.rows import Prompt, Row, digest, encode
 from factory.similar import similar_to
 
 MAX_CHARACTERS = 100_000
@@ -67,6 +67,16 @@ class Ending(Row, frozen=True):
     def kind(self) -> str:
         """What the funnel counts."""
         return self.reason.partition("=")[0].partition(":")[0]
+
+
+class Dropped(Row, frozen=True):
+    """An ending as the run folder tells it: of which list, and where in its file."""
+
+    list: str
+    line: int
+    id: str | None
+    reason: str
+    evidence: str | None = None
 
 
 class Funnel(Row, frozen=True, rename={"in_": "in"}):
@@ -159,6 +169,13 @@ class PromptLists:
     @property
     def funnel(self) -> list[Funnel]:
         return [one.funnel for one in self]
+
+    def dropped(self) -> Iterator[bytes]:
+        """A line of JSON for each row that is no prompt, one at a time."""
+        for one in self:
+            for e in one.endings:
+                row = Dropped(list=one.name, line=e.row, id=e.id, reason=e.reason, evidence=e.evidence)
+                yield encode(row) + b"\n"
 
 
 def load(sets: list[PromptSet], seed: int, find: Find) -> PromptLists:

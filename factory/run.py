@@ -1,14 +1,16 @@
 """A run: a folder with manners. Stage folders appear whole or not at all; a manifest tells where every row went.
 
-runs/<name>/recipe.yaml manifest.json NN-name-hash/ dataset/ report.html report.json
+runs/<name>/recipe.yaml manifest.json prompts-dropped.jsonl NN-name-hash/ dataset/ report.html report.json
 NN-name-hash/           kept-00000.jsonl dropped-00000.jsonl failed-00000.jsonl manifest.json
+
+`prompts-dropped.jsonl` is always the last start's, and empty where every row of the lists became a prompt.
 """
 
 import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -16,8 +18,10 @@ import msgspec
 
 from factory.errors import FactoryError
 from factory.rows import Row, Sample, by_prompt, encode
+from factory.signals import Interrupted
 
 ROWS_PER_SHARD = 50_000
+PROMPTS_DROPPED = "prompts-dropped.jsonl"
 R = TypeVar("R", bound=Row)
 
 
@@ -131,13 +135,25 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write whole or not at all: a temporary neighbour, fsync, rename."""
+    """Write whole or not at all."""
+    write_lines(path, [data])
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write whole or not at all: a temporary neighbour, fsync, rename. Lines are never held all at once."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(data)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def stopped_by(error: BaseException) -> str:
+    """For the manifest: the class of what stopped a run, and the first line of what it says. Only errors made for people
+    are quoted: a crash inside a library may say anything, a key included."""
+    said = str(error).partition("\n")[0] if isinstance(error, FactoryError | Interrupted | OSError) else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def fsync_folder(folder: Path) -> None:

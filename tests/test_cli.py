@@ -2,11 +2,14 @@
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import venv
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +194,65 @@ def test_ls_and_show_tell_what_there_is(tmp_path: Path) -> None:
     )
 
 
-def test_show_says_when_the_journal_is_damaged(tmp_path: Path) -> None:
+def test_show_follows_every_row_of_the_prompt_lists_and_says_where_those_left_out_are(tmp_path: Path) -> None:
+    with in_thread() as server:
+        text = recipe(server.url).replace("stages:", "  - {path: more.txt}\nstages:")
+        folder(tmp_path, text.replace("model: teacher", "model: teacher, from: questions"))
+        whole = (tmp_path / "prompts.jsonl").read_text()
+        again = '{"prompt": "What is the colour of thing number 0?", "reference": "blue"}\n'
+        (tmp_path / "prompts.jsonl").write_text(f'{whole}\n{again}{{"prompt": []}}\n')
+        (tmp_path / "more.txt").write_text("Why is it so?\n\n")
+        assert factory(tmp_path, "build", "recipe.yaml").returncode == 0
+        shown = typed(tmp_path, "show", "tiny").stdout
+        assert re.search(
+            r"^prompts questions +rows +27 +24 +2 +1  empty 1, duplicate 1, unreadable 1; kept: 18 to train on \+ 6 held out"
+            r"\nprompts more +rows +2 +1 +1 +0  empty 1\n01-generate +draws +36 ",
+            shown, re.MULTILINE,
+        ), shown  # fmt: skip
+        left_out = tmp_path / "runs/tiny/prompts-dropped.jsonl"
+        assert "\nruns/tiny/prompts-dropped.jsonl\n" in shown
+        empty, duplicate, unreadable, other = read_jsonl(left_out)
+        assert empty == {"list": "questions", "line": 25, "id": None, "reason": "empty"}
+        assert duplicate["evidence"] == duplicate["id"]
+        assert (duplicate["line"], duplicate["reason"]) == (26, "duplicate: of line 1")
+        assert (unreadable["line"], unreadable["reason"].partition(":")[0]) == (27, "unreadable")
+        assert other == {"list": "more", "line": 2, "id": None, "reason": "empty"}
+        (tmp_path / "prompts.jsonl").write_text(whole)
+        (tmp_path / "more.txt").write_text("Why is it so?\n")
+        assert factory(tmp_path, "build", "recipe.yaml").returncode == 0
+    assert left_out.read_bytes() == b""
+    assert "prompts-dropped" not in typed(tmp_path, "show", "tiny").stdout
+
+
+def overwritten(journal: Path) -> None:
+    journal.write_bytes(b"no database at all" * 500)
+
+
+def of_a_newer_factory(journal: Path) -> None:
+    with closing(sqlite3.connect(journal)) as db:
+        db.execute("PRAGMA user_version=99")
+
+
+def without_its_log(journal: Path) -> None:
+    """SQLite cannot open it: a folder stands where its write-ahead log belongs."""
+    journal.with_name(journal.name + "-wal").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "words"),
+    [
+        (overwritten, 11, ("damaged", ".recover")),
+        (of_a_newer_factory, 12, ("version 99", "update")),
+        (without_its_log, 9, ("unable to open", "check permissions")),
+    ],
+)
+def test_show_says_what_is_wrong_with_the_journal(
+    tmp_path: Path, harm: Callable[[Path], None], code: int, words: tuple[str, ...]
+) -> None:
     with in_thread() as server:
         assert factory(folder(tmp_path, recipe(server.url)), "build", "recipe.yaml").returncode == 0
-    (tmp_path / "runs" / "journal.sqlite").write_bytes(b"no database at all" * 500)
-    shown = typed(tmp_path, "show", "tiny")
-    assert (shown.returncode, "Traceback" in shown.stderr) == (11, False)
-    assert "journal verify" in shown.stderr
+    harm(tmp_path / "runs/journal.sqlite")
+    told(typed(tmp_path, "show", "tiny"), code, "runs/journal.sqlite", *words)
 
 
 def test_a_run_that_was_killed_is_listed_with_what_it_has_done(tmp_path: Path) -> None:
@@ -216,15 +271,17 @@ def test_a_run_that_was_killed_is_listed_with_what_it_has_done(tmp_path: Path) -
     assert "04-" not in shown
 
 
-def test_ls_without_runs_says_so_and_a_broken_manifest_hides_no_other_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [b"", b"{", b"{}", b"[]", b'{"name": "caf\xe9"}', b"[" * 100_000])
+def test_ls_without_runs_says_so_and_a_broken_manifest_hides_no_other_run(tmp_path: Path, broken: bytes) -> None:
     assert "none in runs/" in typed(tmp_path, "ls").stdout
     (tmp_path / "runs/broken").mkdir(parents=True)
-    (tmp_path / "runs/broken/manifest.json").write_text("{")
+    (tmp_path / "runs/broken/manifest.json").write_bytes(broken)
     (tmp_path / "runs/whole").mkdir()
     (tmp_path / "runs/whole/manifest.json").write_text('{"name": "whole", "status": "done", "stages": []}')
     listed = typed(tmp_path, "ls")
     assert listed.returncode == 0
-    assert re.search(r"^  broken +unreadable", listed.stdout, re.MULTILINE)
+    why = r"runs/broken/manifest\.json cannot be read \(.+\); run the recipe again"
+    assert re.search(rf"^  broken +unreadable {why}", listed.stdout, re.MULTILINE)
     assert re.search(r"^  whole +done", listed.stdout, re.MULTILINE)
     told(typed(tmp_path, "show", "broken"), 2, "runs/broken/manifest.json")
 

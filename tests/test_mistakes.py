@@ -1,6 +1,7 @@
 """What users get wrong, and what goes wrong around them: an exit code, what, where and what to do; and nothing is lost."""
 
 import json
+import re
 import sqlite3
 import threading
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_a_missing_key_is_told_before_the_first_request_even_if_a_later_stage_ne
         text = recipe(server.url).replace("models:\n", f"models:\n  judge: {judge}\n")
         folder(tmp_path, text + "  - judge: {model: judge, rubric: prompts/rubrics/helpfulness.md}\n")
         told(factory(tmp_path, "build", "recipe.yaml"), 4, "JUDGES_KEY", "https://judge.example/v1", "export it")
+        assert re.match(r"tiny: stopped\n  AuthError: .*JUDGES_KEY", typed(tmp_path, "show", "tiny").stdout)
         assert not server.seen
         done = factory(folder(tmp_path, text), "build", "recipe.yaml")
     assert done.returncode == 0, done.stderr  # what no stage asks needs no key
@@ -150,9 +152,22 @@ def test_a_refused_key_stops_at_once_and_the_right_one_goes_on(tmp_path: Path) -
         told(done, 4, "models.teacher", "Incorrect API key", "api_key_env")
         assert sum(server.seen.values()) == 1
         assert "sk-wrong" not in done.stderr
+        shown = typed(tmp_path, "show", "tiny").stdout
+        assert re.match(r"tiny: stopped\n  AuthError: models\.teacher: .*Incorrect API key", shown)
         again = factory(tmp_path, "build", "recipe.yaml", TEACHERS_KEY="sk-right")
         assert again.returncode == 0, again.stderr
+    assert typed(tmp_path, "show", "tiny").stdout.startswith("tiny: done\n\n")
     assert len(read_jsonl(tmp_path / "runs/tiny/dataset/train.jsonl")) == ASKED
+
+
+def test_a_web_page_as_an_answer_is_called_one(tmp_path: Path) -> None:
+    async def script(body: dict[str, Any], before: int) -> web.Response:
+        return web.Response(text="<!doctype html>\n<title>Welcome</title>", content_type="text/html")
+
+    with in_thread(script) as server:
+        text = recipe(server.url, limits="max_attempts: 1, max_concurrency: 1")
+        done = factory(folder(tmp_path, text), "build", "recipe.yaml")
+    told(done, 7, "models.teacher", "a web page, not JSON; check base_url; it begins: <!doctype html> <title>Welcome")
 
 
 @pytest.mark.parametrize(

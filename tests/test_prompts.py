@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from factory.errors import RecipeError
-from factory.prompt_files import is_hub_id
+from factory.prompt_files import is_hub_id, read
 from factory.prompts import PromptLists, PromptSet, lint, load
 from factory.rows import Prompt
 from tests.prompt_lists import ROOT, find, jsonl, lists, loaded
@@ -64,6 +64,28 @@ def test_blank_lines_are_counted_as_empty_and_lines_numbered_as_in_an_editor(tmp
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("prompt,tags\na;b,x\n", [{"prompt": "a;b", "tags": "x"}]),
+        ("prompt;tags\na, b;x\n", [{"prompt": "a, b", "tags": "x"}]),
+        ("prompt\ttags\na, b;c\tx\n", [{"prompt": "a, b;c", "tags": "x"}]),
+        ('\ufeff"prompt";"tags"\r\n"a; ""b""";"x"\r\n', [{"prompt": 'a; "b"', "tags": "x"}]),
+        ('"what, or; who";tags\na;x\n', [{"what, or; who": "a", "tags": "x"}]),
+        ('"a ""quoted, name""";tags\na;x\n', [{'a "quoted, name"': "a", "tags": "x"}]),
+        ('"what; or\twho",tags;more\na,x\n', [{"what; or\twho": "a", "tags;more": "x"}]),
+        ("prompt\na; b\tc\n", [{"prompt": "a; b\tc"}]),
+        ('"prompt, or; question"\na\n', [{"prompt, or; question": "a"}]),
+        ('"two\nlines",tags\na,x\n', [{"two\nlines": "a", "tags": "x"}]),
+    ],
+)
+def test_the_header_of_a_csv_file_says_what_parts_its_columns(
+    tmp_path: Path, content: str, rows: list[dict[str, str]]
+) -> None:
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8", newline="")
+    assert [row for _, row in read(str(tmp_path / "a.csv"), None, find)] == rows
+
+
 BAD_FILES = [
     ("a.txt", b"good\nbad \xe9\n", r"a\.txt:2: not UTF-8: byte 5 of the line is 0xe9; save the file as UTF-8"),
     ("a.txt", "x\n".encode("utf-16"), r"a\.txt:1: not UTF-8"),
@@ -85,7 +107,13 @@ BAD_FILES = [
     ("a.csv", b"prompt,tags\na,b\nc,d,e\n", r"a\.csv:3: 3 fields, but the header has 2"),
     ("a.csv", b'prompt\n"open\n', r"a\.csv:2: not CSV"),
     ("a.csv", b"a,a\n1,2\n", r"a\.csv:1: two columns have the same name"),
-    ("a.csv", b"q;r\n1;2\n", r"a\.csv:2: none of the known forms.*'q;r'"),
+    ("a.csv", b"q;r\n1;2\n", r"a\.csv:2: none of the known forms.*'q', 'r'"),
+    (
+        "a.csv",
+        b"prompt;tags\na;b\nc;d;e\n",
+        r"a\.csv:3: 3 fields, but the header has 2; quote text that holds semicolons",
+    ),
+    ("a.csv", b"prompt;tags,x\na;b\n", r"a\.csv:2: 1 fields, but the header has 2; quote text that holds commas"),
     ("a.csv", b"prompt\nna\xefve\n", r"a\.csv:2: not UTF-8"),
     ("a.csv", b"", r"a\.csv: there are no prompts in it"),
     ("a.parquet", b"not parquet", r"a\.parquet: cannot be read as a data set: Arrow"),

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import factory
+from factory import errors
+from factory.cli import EXIT_CODES
+from factory.signals import STOPS, Interrupted
 
 HERE = Path(factory.__file__).parent
 OUTSIDE = {"__init__", "__main__"}
@@ -43,6 +46,14 @@ def test_every_public_name_is_there_and_is_what_it_says() -> None:
     for name in factory.__all__:
         assert getattr(factory, name).__name__ in (name, "load", "build", "run")
     assert set(factory.__all__) == set(factory._NAMES)
+
+
+def test_the_readme_and_the_help_tell_every_exit_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FactoryError)]
+    codes = {0, *(kind.exit_code for kind in kinds), *(Interrupted(number).exit_code for number in STOPS), 141}
+    readme = (HERE.parent / "README.md").read_text().partition("Exit codes: ")[2].partition("\n\n")[0]
+    for told in (readme, EXIT_CODES):
+        assert {int(number) for number in re.findall(r"\b\d+\b", told)} == codes
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -113,6 +113,8 @@ def test_no_byte_that_a_run_writes_holds_the_key(tmp_path: Path, faults: list[st
     files = written(tmp_path)
     assert "runs/canary/recipe.yaml" in files or faults == ["stop"]
     assert [name for name, content in files.items() if CANARY.encode() in content] == []
+    why = json.loads(files["runs/canary/manifest.json"]).get("why", "")
+    assert ("wrong key Bearer [key]" in why) is (faults == ["stop"])  # what stopped a run is quoted there
     assert any(b"your header was Bearer [key]" in content for content in files.values()) or faults == ["stop"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.command import ASKED, attempts, factory, folder, heard, read_jsonl, recipe, started, until
+from tests.command import ASKED, attempts, factory, folder, heard, read_jsonl, recipe, started, typed, until
 from tests.server import error, held, in_thread
 from tests.tiny import tiny_model
 
@@ -48,6 +48,7 @@ def test_what_is_in_flight_is_still_answered_and_nothing_else_is_sent(
         assert "4 requests are in flight" in said
         assert f"stopped by {number.name}; stored answers are kept, the same command goes on" in said
         assert [status for _, status in attempts(tmp_path)] == ["read"] * 4
+        assert typed(tmp_path, "show", "tiny").stdout.startswith(f"tiny: stopped\n  Interrupted: {number.name}\n")
         goes_on(tmp_path)
         assert sum(server.seen.values()) == ASKED
 

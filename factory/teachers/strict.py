@@ -30,8 +30,12 @@ def strict_json(body: bytes) -> Any | Failure:
     except RecursionError:
         return Failure(reason="unsafe_json", detail=f"nested too deep: {_shown(body)}")
     except ValueError as e:  # JSONDecodeError, or a number of thousands of digits
-        html = text.lstrip("\ufeff \t\r\n")[:1] == "<"
-        return Failure(reason="html_page" if html else "bad_json", detail=f"{e}: {_shown(body)}")
+        if text.lstrip("\ufeff \t\r\n")[:1] == "<":
+            page = " ".join(_shown(body).split())
+            return Failure(
+                reason="html_page", detail=f"the answer is a web page, not JSON; check base_url; it begins: {page}"
+            )
+        return Failure(reason="bad_json", detail=f"{e}: {_shown(body)}")
     if "\\u" in text and _ESCAPED_SURROGATE.search(text) and _LONE_SURROGATE.search(_all_text(data)):
         return Failure(reason="bad_encoding", detail=f"half a surrogate pair: {_shown(body)}")
     return data

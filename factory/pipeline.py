@@ -255,8 +255,13 @@ class Work:
             accept=partial(accepts, filters), refused=lambda sample: not NoRefusal().check(sample).keep,
         )  # fmt: skip
 
+        if not step.reads and len(step.sets) == 1 and self.prompts.distinct(step.sets[0]):
+            prompts = self.prompts.train(step.sets[0])
+        else:
+            prompts = spooled(self._prompts(step))
+
         async def collect() -> None:
-            async for sample in teaching.samples(spooled(self._prompts(step))):
+            async for sample in teaching.samples(prompts):
                 out.put(sample)
 
         asyncio.run(collect())

@@ -98,7 +98,7 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
     of prompts that do not go into `train`. `wanted` is how many were to be held out; `references` and `answers`, how many
-    prompts have one."""
+    prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
 
     name: str
     wanted: int = 0
@@ -111,6 +111,7 @@ class PromptList:
     straddling: int = 0
     references: int = 0
     answers: int = 0
+    again: int = 0
 
     def add(self, line: int, prompt: Prompt) -> None:
         self.prompts.append(prompt)
@@ -151,6 +152,7 @@ class PromptLists:
 
     def __init__(self, lists: Iterable[PromptList]) -> None:
         self.by_name = {one.name: one for one in lists}
+        self._digests: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[PromptList]:
         return iter(self.by_name.values())
@@ -161,10 +163,16 @@ class PromptLists:
     def test(self, name: str) -> Part:
         return self.by_name[name].test
 
+    def distinct(self, name: str) -> bool:
+        """Whether each prompt of a list stands there once."""
+        return not self.by_name[name].again
+
     def digest(self, name: str) -> str:
         """Equal when the same prompts, with the same references and answers, stand on the same sides."""
-        one = self.by_name[name]
-        return digest(name, one.train.digest, one.test.digest)
+        if name not in self._digests:
+            one = self.by_name[name]
+            self._digests[name] = digest(name, one.train.digest, one.test.digest)
+        return self._digests[name]
 
     @property
     def funnel(self) -> list[Funnel]:
@@ -232,6 +240,7 @@ def _read(knobs: PromptSet, find: Find) -> PromptList:
         got = _made(row, line, as_prompt, knobs.path)
         if isinstance(got, Prompt) and (first := seen.first(got)) is not None:
             got = seen.duplicate(got, line, first) or got
+            one.again += isinstance(got, Prompt)
         if isinstance(got, Ending):
             one.endings.append(got)
         else:

@@ -3,11 +3,11 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import tenacity
 
@@ -20,7 +20,7 @@ from factory.progress import Advance, bar, say
 from factory.retry import again, tries
 from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
 from factory.signals import Interrupted, draining
-from factory.stored import Skip, lacking_parts, lookup, part, read, whole
+from factory.stored import Skip, lacking_parts, lookup, part, pick, read, whole
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
@@ -33,7 +33,9 @@ MAX_WAIT_S = 3600.0
 DRAIN_S = 30.0
 """After a first signal, how long answers in flight are waited for."""
 DOOMED_AFTER = 20
-"""Failures before which a run is not given up early: in a handful of prompts one failure is a large share."""
+"""Lost draws before which a run is not given up early: in a handful of prompts one is a large share."""
+Flaw = Callable[[Choice], str | None]
+"""Why a verdict cannot be read, and what to do, for people; None where it can."""
 WHAT_TO_DO: dict[Reason, str] = {
     "auth": "check the key in the variable that `api_key_env` names",
     "quota": "top it up or wait, then run again",
@@ -62,9 +64,31 @@ class Model:
         await self.teacher.close()
 
 
+class Lost(NamedTuple):
+    """Draws of a stage that ended without an answer, or with a verdict that cannot be read; the first one's `flaw`."""
+
+    planned: int = 0
+    unanswered: int = 0
+    unreadable: int = 0
+    flaw: str = ""
+
+    def beyond(self, limit: float) -> str | None:
+        """What is to be said where this is more than the share that `--max-failed` allows."""
+        if self.unanswered + self.unreadable <= limit * self.planned:
+            return None
+        unanswered = f"{self.unanswered} of {self.planned} draws have no answer"
+        unreadable = f"{self.unreadable} of {self.planned} verdicts could not be read"
+        what = " and ".join([unanswered] * bool(self.unanswered) + [unreadable] * bool(self.unreadable))
+        told = f"{what}, more than --max-failed {limit:g}"
+        return f"{told}; the first verdict: {self.flaw}" if self.unreadable else told
+
+
 @dataclass(slots=True)
 class Tally:
-    """What one round of asking did, in requests `sent` and draws. `failures`: answer key -> why it has no answer."""
+    """What one round of asking did, in requests `sent` and draws. `failures`: answer key -> why it has no answer.
+
+    `unreadable` verdicts are answers, but useless to the judge that asked for them; `flaw` is that of the first one.
+    """
 
     sent: int = 0
     reused: int = 0
@@ -72,14 +96,15 @@ class Tally:
     usage: Usage = field(default_factory=Usage)
     usd: Decimal = Decimal(0)
     failures: dict[str, Failure] = field(default_factory=dict)
+    unreadable: int = 0
+    flaw: str = ""
 
 
 class Desk:
     """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
 
-    `max_failed` is the share of draws that may end without an answer. `retry_failed`: bodies that were stored but hold no
-    answer are asked for again. `wait`: stay until open batches are done; the first time in seconds between two looks at
-    them.
+    `max_failed` is the share of draws that may be lost. `retry_failed`: bodies that were stored but hold no answer are asked
+    for again. `wait`: stay until open batches are done; the first time in seconds between two looks at them.
     """
 
     def __init__(
@@ -89,14 +114,17 @@ class Desk:
         self.journal, self.wall, self.run = journal, wall, run
         self.max_failed, self.retry_failed, self.wait = max_failed, retry_failed, wait
 
-    async def ask(self, model: Model, requests: Iterable[Request], total: int, label: str) -> Tally:
+    async def ask(
+        self, model: Model, requests: Iterable[Request], total: int, label: str, flaw: Flaw | None = None
+    ) -> Tally:
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
 
+        With `flaw`, stored and new answers are verdicts, and those that cannot be read count against `max_failed`.
         Raises the error that stopped the run, after the requests in flight have ended and are stored.
         """
         await self._read_leftovers(model)
         with bar(label, total) as advance:
-            asking = _Round(self, model, advance, total)
+            asking = _Round(self, model, advance, total, flaw)
             if endpoint := batch_endpoint(model.entry, model.teacher):
                 return await self._ask_in_batches(asking, requests, endpoint)
             say_left_open(self.journal, model.identity, model.name)
@@ -130,11 +158,19 @@ class Desk:
         return tally
 
     def _missing(self, requests: Iterable[Request], counter: "_Round", skip: Skip | None = None) -> Iterator[Request]:
-        """The parts of the requests whose draws are not stored and not to be skipped; the others are counted."""
+        """The parts of the requests whose draws are not stored and not to be skipped; the others are counted.
+
+        Before one is given away, those count that are lost already: a second start of a doomed stage pays for nothing.
+        """
         for request, lacking, failed in lookup(self.journal, requests, self.retry_failed):
             counter.tally.failures.update(failed)
             counter.reuse(request.n - len(lacking))
-            yield from lacking_parts(request, lacking, skip)
+            if counter.flaw and len(lacking) < request.n:
+                for _, stored in read(self.journal, counter.model.teacher, [request], {}):
+                    counter.examine(stored)
+            for wanted in lacking_parts(request, lacking, skip):
+                counter.check_failures()
+                yield wanted
 
     async def _read_leftovers(self, model: Model) -> None:
         """File what an earlier process stored but did not live to read: it was paid for."""
@@ -152,8 +188,8 @@ class Desk:
 class _Round:
     """The state that the workers of one round of asking share."""
 
-    def __init__(self, desk: Desk, model: Model, advance: Advance, total: int) -> None:
-        self.desk, self.model, self.advance = desk, model, advance
+    def __init__(self, desk: Desk, model: Model, advance: Advance, total: int, flaw: Flaw | None) -> None:
+        self.desk, self.model, self.advance, self.flaw = desk, model, advance, flaw
         self.tally = Tally(planned=total)
         self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
         self.error: BaseException | None = None
@@ -189,8 +225,10 @@ class _Round:
 
     async def work(self, missing: Iterator[Request]) -> None:
         """Take requests until there are none, or until something stops the round."""
-        while self.error is None and (request := next(missing, None)) is not None:
+        while self.error is None:
             try:
+                if (request := next(missing, None)) is None:
+                    return
                 await self._answer(request)
             except FactoryError as e:
                 self.stop(e)
@@ -214,6 +252,8 @@ class _Round:
             replies += 1
             got = min(len(outcome.choices), request.n)
             self.advance(got)
+            self.examine(pick(outcome, i, request.sampling.max_tokens) for i in range(got))
+            self.check_failures()
             for failure in outcome.failed[: request.n - got]:
                 self._fail(part(request, got, 1), failure)
                 got += 1
@@ -229,15 +269,21 @@ class _Round:
         self.advance(request.n)
         self.check_failures()
 
+    def examine(self, answers: Iterable[Choice | Failure]) -> None:
+        """Count the verdicts that cannot be read."""
+        for answer in answers:
+            if self.flaw and isinstance(answer, Choice) and (told := self.flaw(answer)):
+                self.tally.unreadable += 1
+                self.tally.flaw = self.tally.flaw or told
+
     def check_failures(self) -> None:
-        """TooManyFailures where so many draws have failed that the run is not worth going on."""
-        failed, limit = len(self.tally.failures), self.desk.max_failed
-        if failed >= DOOMED_AFTER and failed > limit * self.tally.planned:
-            last = next(reversed(self.tally.failures.values()))
-            raise TooManyFailures(
-                f"models.{self.model.name}: {failed} of {self.tally.planned} draws have no answer, more than "
-                f"--max-failed {limit:g}; the last one: {last.reason}: {last.detail}"
-            )
+        """TooManyFailures where so many draws are lost that the run is not worth going on."""
+        tally, failures = self.tally, self.tally.failures
+        lost = Lost(tally.planned, len(failures), tally.unreadable, tally.flaw)
+        if lost.unanswered + lost.unreadable >= DOOMED_AFTER and (told := lost.beyond(self.desk.max_failed)):
+            last = next(reversed(failures.values()), None)
+            why = f"; the last failure: {last.reason}: {last.detail}" if last else ""
+            raise TooManyFailures(f"models.{self.model.name}: {told}{why}")
 
     async def _settle(self, request: Request) -> Outcome:
         """One request to its end: an answer, or the failure that is left after the retries."""

@@ -259,7 +259,8 @@ class Batches:
             rest: Iterator[Request] | None = missing
             while rest is not None:
                 rest = await self._build(rest)
-            check()
+            if self._built():  # what is paid for already is worth finishing
+                check()
         except FactoryError as e:
             await self._withdraw_built()
             if isinstance(e, BudgetError):

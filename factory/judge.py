@@ -1,6 +1,7 @@
 """Stage `judge`: a model scores samples with a rubric file. A verdict that cannot be read is missing, never a number."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
@@ -13,6 +14,10 @@ from factory.rows import Choice, Failure, Request, Sample, Sampling, Verdict
 from factory.rubric import Rubric, read_score, render
 
 VERSION = 1
+UNREADABLE, TRUNCATED = "judge_unreadable", "judge_truncated"
+"""Reasons of a verdict that came and has no score: a truncated one may go on after what looks like its score."""
+QUOTED = 160
+"""Characters of a verdict that an error quotes."""
 
 
 class Judge(Knobs):
@@ -55,7 +60,8 @@ async def judge(
             )
 
     async with model:
-        tally = await desk.ask(model, _distinct(requests()), total, f"judge {model.name}")
+        flaw = partial(_flaw, knobs, rubric)
+        tally = await desk.ask(model, _distinct(requests()), total, f"judge {model.name}", flaw)
     outcomes = desk.read(model, requests(), tally)
     name = knobs.as_ or rubric.head.name
     scored = (
@@ -70,13 +76,27 @@ def _distinct(requests: Iterable[Request]) -> Iterator[Request]:
         yield from {(request.messages[-1]["content"], request.seed): request for request in of_prompt}.values()
 
 
+def _flaw(knobs: Judge, rubric: Rubric, verdict: Choice) -> str | None:
+    """Why a verdict has no score and what to do, for people; asking again is no help, the same would come from the journal."""
+    if verdict.finish == "stop" and read_score(rubric, verdict.text) is not None:
+        return None
+    said = " ".join(verdict.text.split())
+    if len(said) > QUOTED:  # how it ends tells more often what is wrong
+        said = f"{said[: QUOTED // 2]} ... {said[-QUOTED // 2 :]}"
+    low, high = rubric.head.scale
+    wants = f"{knobs.rubric} wants a line `Score: N` with N from {low:g} to {high:g}"
+    if verdict.finish != "stop":
+        return f"{said!r}, which was cut off; {wants}: raise max_tokens ({knobs.max_tokens}), or change the rubric or the judge"
+    return f"{said!r}; {wants}: change the rubric or the judge"
+
+
 def _scored(sample: Sample, name: str, rubric: Rubric, outcome: Choice | Failure) -> Sample:
     if isinstance(outcome, Failure):
         reason, evidence = f"judge_{outcome.reason}", outcome.detail
     elif outcome.finish != "stop":
-        reason, evidence = "judge_truncated", outcome.text[-500:]
+        reason, evidence = TRUNCATED, outcome.text[-500:]
     elif (score := read_score(rubric, outcome.text)) is not None:
         return sample.scored(**{name: score})
     else:
-        reason, evidence = "judge_unreadable", outcome.text
+        reason, evidence = UNREADABLE, outcome.text
     return sample.judged(Verdict(filter="judge", keep=None, reason=reason, evidence=evidence[:500]))

@@ -19,7 +19,7 @@ import msgspec
 import yaml
 
 from factory import __version__, report
-from factory.ask import Desk, Tally
+from factory.ask import Desk, Lost, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
 from factory.choose import Choose, choose
@@ -30,7 +30,7 @@ from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
-from factory.judge import Judge, judge
+from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
 from factory.models import Models
 from factory.naming import Naming
 from factory.pair import PairUp, pair
@@ -58,8 +58,9 @@ def run(
 ) -> Path:  # fmt: skip
     """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
 
-    `max_failed` is the share of draws of a stage that may stay without an answer: a doomed stage stops early, and a run
-    that ends above it raises TooManyFailures when everything else is done. `retry_failed` asks for those draws again.
+    `max_failed` is the share of draws of a stage that may stay without an answer, or without a verdict that can be read: a
+    doomed stage stops early, and a run that ends above it raises TooManyFailures when everything else is done.
+    `retry_failed` asks again for draws without an answer.
     `wait`: where a batch is submitted, stay until it is done, looking at it first after so many seconds; None raises Waiting.
     `prompts`: the recipe's own, where they are read already.
     """
@@ -79,7 +80,7 @@ def run(
             raise
         work.note("done")
         report.build(work.folder)
-        work.check_failures(steps)
+        work.check_failures()
         work.check_rows(steps)
     return work.folder
 
@@ -136,16 +137,13 @@ class Work:
         whole = {**facts, "stages": folders, "versions": versions, "prompts": lists, "spent": spent, "rows": self.rows}
         write_json(self.folder / "manifest.json", whole)
 
-    def check_failures(self, steps: list[Step]) -> None:
-        """TooManyFailures where more draws than the limit allows have no answer; everything else is done by then."""
-        for folder in (self.made[step.number] for step in steps):
-            told = folder.manifest
-            if _unanswered(told) > self.max_failed * told.get("draws", {}).get("planned", 0):
-                raise TooManyFailures(
-                    f"{folder.path.name}: {_unanswered(told)} of {told['draws']['planned']} draws have no answer, more than "
-                    f"--max-failed {self.max_failed:g}; the rest is finished and stands in {self.folder}. "
-                    "--retry-failed asks for them again"
-                )
+    def check_failures(self) -> None:
+        """TooManyFailures where a stage has lost more draws than the limit allows; all that can be done is done by then."""
+        for folder in self.made.values():
+            lost = Lost(**folder.manifest.get("draws", {}))
+            if told := lost.beyond(self.max_failed):
+                then = ". --retry-failed asks again for what has no answer" if lost.unanswered else ""
+                raise TooManyFailures(f"{folder.path.name}: {told}. What is finished stands in {self.folder}{then}")
 
     def publish(self, steps: list[Step]) -> None:
         """Write `dataset/` from what the steps have made."""
@@ -275,6 +273,7 @@ class Work:
         tally, scored = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
         _put_all(out, scored, step.title, total)
         facts |= _cost([tally])
+        facts["draws"] |= {"unreadable": out.reasons[UNREADABLE] + out.reasons[TRUNCATED], "flaw": tally.flaw}
         return total
 
     def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
@@ -291,6 +290,7 @@ class Work:
                 whole.write(shard.read_bytes())
         total = _lines([rows])
         if total == 0:
+            self.check_failures()  # which may be why
             raise RecipeError(
                 f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl"
             )

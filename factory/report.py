@@ -170,6 +170,10 @@ def _lengths(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any]
 
 def _warnings(stages: list[tuple[StageFolder, dict[str, Any]]], evaluations: list[dict[str, Any]]) -> list[str]:
     told = [f"{_title(manifest)}: {line}" for _, manifest in stages for line in manifest.get("warnings", [])]
+    for _, m in stages:
+        if (draws := m.get("draws", {})).get("unreadable"):
+            count = f"{draws['unreadable']:,} of {draws['planned']:,}"
+            told.append(f"{_title(m)}: {count} verdicts could not be read; the first verdict: {draws['flaw']}")
     told += [f"{_title(m)}: nothing was kept" for _, m in stages if m["in"] and not m["kept"]]
     return told + [note for evaluation in evaluations for note in evaluation.get("notes", [])]
 

@@ -67,7 +67,7 @@ def read(
                     body, n = bodies[answer.attempt]
                     # as it was asked, which may have been for more draws than are wanted now
                     seen[answer.attempt] = reader.read(whole(part(request, 0, n)), body)
-                outcomes.append(_pick(seen[answer.attempt], answer.choice, limit))
+                outcomes.append(pick(seen[answer.attempt], answer.choice, limit))
             yield request, outcomes
 
 
@@ -82,7 +82,7 @@ def whole(request: Request) -> Request:
     return replace(request, n=beam.width) if beam else request
 
 
-def _pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
+def pick(outcome: Outcome, choice: int, max_tokens: int) -> Choice | Failure:
     """One draw of a stored reply, as it stands under today's limit: an answer longer than it counts as truncated."""
     if isinstance(outcome, Failure):
         return outcome

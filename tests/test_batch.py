@@ -178,7 +178,7 @@ def test_all_models_of_a_stage_have_submitted_before_the_factory_leaves(
 def test_a_judge_is_asked_in_a_batch_like_a_teacher(tmp_path: Path, server: BatchServer) -> None:
     def outcome(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
         judged = [line["body"]["model"] == "m2" for line in lines]
-        bodies = [chat(line["body"], ["Rating: 4"]) if j else None for line, j in zip(lines, judged, strict=True)]
+        bodies = [chat(line["body"], ["Score: 4"]) if j else None for line, j in zip(lines, judged, strict=True)]
         return "completed", [answered(line, body) for line, body in zip(lines, bodies, strict=True)], []
 
     server.outcome = outcome

@@ -341,7 +341,7 @@ def test_judged_filtered_and_paired_from_the_command_line(tmp_path: Path) -> Non
             assert (wrong.returncode, bool(server.seen)) == (2, False)
             assert "rubric.md:7: 'nothing' is unknown" in wrong.stderr
         (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }}")
-        done = factory(tmp_path, "build", "recipe.yaml")
+        done = factory(tmp_path, "build", "recipe.yaml", "--max-failed", "20%")  # four verdicts are unreadable
         assert done.returncode == 0, done.stderr
     # four prompts; their eight long answers are near duplicates, of which the first with 5 points stays
     assert funnel(tmp_path) == {

@@ -253,7 +253,6 @@ class _Round:
             got = min(len(outcome.choices), request.n)
             self.advance(got)
             self.examine(pick(outcome, i, request.sampling.max_tokens) for i in range(got))
-            self.check_failures()
             for failure in outcome.failed[: request.n - got]:
                 self._fail(part(request, got, 1), failure)
                 got += 1
@@ -306,8 +305,8 @@ class _Round:
         while True:
             if self.pace.down:
                 await self.pace.line_up()
-            sent_at = time.monotonic()
             await self.pace.enter()
+            sent_at = time.monotonic()  # not before: the pause that it has waited for is over
             try:
                 outcome = await self._send(request)
             finally:
@@ -315,17 +314,17 @@ class _Round:
             self.pace.heed(getattr(self.model.teacher, "rate_limits", None))
             self.pace.make_room(getattr(self.model.teacher, "queue", None))
             if isinstance(outcome, Reply):
-                self.pace.works(outcome.usage.prompt_tokens + outcome.usage.completion_tokens)
+                self.pace.works(sent_at, outcome.usage.prompt_tokens + outcome.usage.completion_tokens)
                 return outcome
             if ACTIONS[outcome.reason] == "wait":
-                self.pace.busy(sent_at, outcome.retry_after)
+                self.pace.busy(sent_at, outcome.retry_after, outcome.detail)
                 if time.monotonic() - waiting_since > MAX_WAIT_S:
                     return outcome
             elif outcome.reason in OUTAGE:
                 if not self.pace.fails(id(request), outcome.detail):
                     return outcome
             else:
-                self.pace.works()
+                self.pace.works(sent_at)
                 return outcome
 
     async def _send(self, request: Request) -> Outcome:

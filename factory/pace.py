@@ -29,10 +29,17 @@ PATIENCE_S = 3600.0
 FIRST_PATIENCE_S = 15.0
 """How long an outage is waited out; the second one where the teacher has never answered: a wrong address, most likely."""
 MAX_PAUSE_S = 3600.0
+SAID = 200
+"""Characters of an error that a line quotes."""
 LEAST_WAITING = 4
 """So many waiting requests are always welcome, or a quarter of those that a server works on, if that is more."""
 SILENT_S = 60.0
 """After how long without any answer a teacher is named; half its time-out where that is less."""
+BUSY_S = 5.0
+LONG_PAUSE_S = 10.0
+"""A teacher that is too busy to answer is named after so long, or at once where it asks for a pause of so long."""
+QUIET_S = (10.0, 300.0)
+"""Between two lines that call it busy: the first gap doubles up to the last one."""
 
 
 class Pace:
@@ -52,6 +59,9 @@ class Pace:
         self._tokens_a_request = 0.0
         self._resume_at = 0.0
         self._unsaid = GAPS_S[0] / 2
+        self._busy_since: float | None = None
+        self._busy_told = False
+        self._quiet_until, self._quiet = 0.0, QUIET_S[0]
         self._heeded: RateLimits | None = None
         self._seen: Queue | None = None
         self._failed_in_a_row = 0
@@ -92,13 +102,14 @@ class Pace:
     def down(self) -> bool:
         return self._down_since is not None
 
-    def works(self, tokens: int | None = None) -> None:
+    def works(self, sent_at: float, tokens: int | None = None) -> None:
         """The server answered, be it with a refusal: it is up. `tokens` is what a real answer used."""
         self._failed_in_a_row = 0
         self._failing.clear()
         if self._down_since is not None:
             say(f"models.{self.name}: answers again after {time.monotonic() - self._down_since:.0f} s")
             self._down_since, self._gap = None, GAPS_S[0]
+        self._no_longer_busy(sent_at)
         if tokens is not None:
             self.answered, self._unsaid = True, GAPS_S[0] / 2
             self._tokens.correct(tokens - self._tokens_a_request)
@@ -106,12 +117,32 @@ class Pace:
             grow = 1.0 if self._window < self._threshold else 1.0 / self._window
             self._window = min(self._window + grow, float(self.most))
 
-    def busy(self, sent_at: float, pause_s: float | None) -> None:
+    def busy(self, sent_at: float, pause_s: float | None, why: str) -> None:
         """The server said 429 or 503: hold still for as long as it says, and ask less at once from then on."""
         if pause_s is None and sent_at >= self._resume_at:  # it does not say: longer each time, until an answer comes
             self._unsaid = min(2 * self._unsaid, GAPS_S[1])
         self.hold(self._unsaid if pause_s is None else pause_s)
         self.shrink(sent_at)
+        now = time.monotonic()
+        self._busy_since = self._busy_since or now
+        long = now - self._busy_since >= BUSY_S or (pause_s or 0.0) >= LONG_PAUSE_S
+        if long and now >= self._quiet_until:
+            asks = (
+                f"trying again in {self._unsaid:.0f} s" if pause_s is None else f"its answer asks for {pause_s:.0f} s"
+            )
+            say(f"models.{self.name}: busy ({' '.join(why.split())[:SAID]}); waiting, {asks}")
+            self._busy_told = True
+            self._quiet_until, self._quiet = now + self._quiet, min(2 * self._quiet, QUIET_S[1])
+
+    def _no_longer_busy(self, sent_at: float) -> None:
+        """An answer: the end of a busy time, unless it was on its way when that began."""
+        now = time.monotonic()
+        if self._busy_since is not None and sent_at >= self._busy_since:
+            if self._busy_told:
+                say(f"models.{self.name}: answers again after {now - self._busy_since:.0f} s")
+            self._busy_since, self._busy_told = None, False
+        if now > self._quiet_until + self._quiet:  # long ago: a server that is busy every minute is not named each time
+            self._quiet = QUIET_S[0]
 
     def shrink(self, sent_at: float) -> None:
         """Half the window, once for all requests that were in flight together."""
@@ -163,23 +194,26 @@ class Pace:
     async def line_up(self) -> None:
         """During an outage: wait in line for the turn to try. OutageError when it lasts too long."""
         async with self._probe:
-            if self._down_since is None:
-                return
-            patience = PATIENCE_S if self.answered else FIRST_PATIENCE_S
-            if time.monotonic() + self._gap - self._down_since > patience:
-                raise OutageError(
-                    f"models.{self.name}: no answer for {time.monotonic() - self._down_since:.0f} s ({self._why}); "
-                    "stored answers are kept, run again when it is up"
-                )
-            await asyncio.sleep(self._gap)
-            self._gap = min(2 * self._gap, GAPS_S[1])
+            while self._down_since is not None:
+                past = time.monotonic() - self._down_since
+                left = (PATIENCE_S if self.answered else FIRST_PATIENCE_S) - past
+                if left > 0:
+                    await asyncio.sleep(min(self._gap, left))
+                    self._gap = min(2 * self._gap, GAPS_S[1])
+                    return
+                if not self.in_flight:
+                    raise OutageError(
+                        f"models.{self.name}: no answer for {past:.0f} s ({self._why}); "
+                        "stored answers are kept, run again when it is up"
+                    )
+                await asyncio.sleep(GAPS_S[0] / 10)  # the last try may still bring an answer
 
     async def watch(self) -> None:
         """Name a teacher from which nothing comes back; runs beside the requests until it is cancelled."""
         told, first = 0.0, min(SILENT_S, self.timeout_s / 2)
         while True:
             await asyncio.sleep(first / 4)
-            silent = time.monotonic() - self.last_heard
+            silent = time.monotonic() - max(self.last_heard, self._resume_at)
             told = told if silent > told else 0.0
             if self.in_flight and silent > max(first, 2 * told):
                 told = silent

@@ -1,6 +1,7 @@
 """Pacing, outages and lost causes, against a real server that keeps its own count."""
 
 import asyncio
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from factory import pace
 from factory.ask import Model
 from factory.errors import OutageError, TooManyFailures
 from factory.rows import Choice, Failure
+from factory.teachers.entry import Limits
 from factory.teachers.vllm import Vllm
 from tests.server import chat, error, serving
 from tests.test_ask import ask, asks, model_at, questions
@@ -43,7 +46,7 @@ async def test_tokens_a_minute_hold_back_by_what_answers_used(tmp_path: Path) ->
     assert time.monotonic() - started > 1.0
 
 
-async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path) -> None:
+async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arrived: list[float] = []
     told: list[float] = []
 
@@ -62,6 +65,7 @@ async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path) -> None:
     assert longest > 0.5  # all eight workers held still, not only the one that was told
     assert abs(since - told[0]) < 0.3
     assert all(isinstance(draws[0], Choice) for draws in answers)
+    assert "busy" not in capfd.readouterr().err  # so short a pause is nothing to tell
 
 
 async def test_headers_that_say_nothing_is_left_are_heeded(tmp_path: Path) -> None:
@@ -159,6 +163,113 @@ async def test_a_teacher_that_never_answered_is_not_waited_for_long(tmp_path: Pa
     model = model_at("http://127.0.0.1:9/v1")
     with pytest.raises(OutageError, match="cannot connect"):
         await ask(tmp_path, model, asks(model, questions(1)))
+
+
+async def test_the_end_of_an_outage_comes_with_its_patience_and_says_how_long_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "FIRST_PATIENCE_S", 4.0)  # tries after 1 and 3 s, and a last one
+    model = model_at("http://127.0.0.1:9/v1", limits=limits())
+    with pytest.raises(OutageError, match=r"no answer for [4-9] s \(cannot connect"):
+        await ask(tmp_path, model, asks(model, questions(40)))
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_the_last_try_of_an_outage_is_waited_for(monkeypatch: pytest.MonkeyPatch, answered: bool) -> None:
+    monkeypatch.setattr(pace, "FIRST_PATIENCE_S", 1.5)
+    teacher = pace.Pace("teacher", Limits(), 8)
+    while not teacher.down:
+        for request in range(2):
+            teacher.fails(request, "it is down")
+    for _ in range(2):
+        await teacher.line_up()
+    await teacher.enter()
+    next_in_line = asyncio.create_task(teacher.line_up())
+    await asyncio.sleep(0.3)
+    assert not next_in_line.done()
+    teacher.leave()
+    if answered:
+        teacher.works(time.monotonic())
+        await next_in_line
+    else:
+        with pytest.raises(OutageError, match=r"no answer for [2-9] s \(it is down"):
+            await next_in_line
+
+
+# -- a busy server -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_long_pause_is_told_at_once_and_so_is_its_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of four requests are told to wait; the answer to the first one, on its way by then, is not the end of it."""
+    monkeypatch.setattr(pace, "LONG_PAUSE_S", 1.0)
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        if body["messages"][-1]["content"].endswith("0"):
+            await asyncio.sleep(0.3)
+            return None
+        return None if before else error(429, "slow\ndown", **{"retry-after": "1"})
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        await ask(tmp_path, model, asks(model, questions(4)))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("models.")]
+    assert lines[0] == "models.teacher: busy (HTTP 429: slow down); waiting, its answer asks for 1 s"
+    assert re.fullmatch(r"models.teacher: answers again after [1-9] s", lines[1])
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(("told", "said"), [("0.1", "its answer asks for 0 s"), (None, "trying again in 2 s")])
+async def test_a_server_that_never_answered_and_is_busy_is_named_in_growing_gaps(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, told: str | None, said: str
+) -> None:
+    monkeypatch.setattr(pace, "BUSY_S", 0.9)
+    monkeypatch.setattr(pace, "QUIET_S", (0.5, 300.0))
+    began = 0.0
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        nonlocal began
+        began = began or time.monotonic()
+        busy = time.monotonic() - began < 2.8
+        return error(503, "loading", **({"retry-after": told} if told else {})) if busy else None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(4)))
+    assert all(isinstance(draws[0], Choice) for draws in answers)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("models.")]
+    assert lines[0] == f"models.teacher: busy (HTTP 503: loading); waiting, {said}"
+    assert sum("busy" in line for line in lines) <= 3  # after 0.9 s, 1.4 s, 2.4 s
+    assert sum("answers again" in line for line in lines) == 1
+
+
+async def test_a_busy_server_that_asks_for_nothing_is_asked_in_growing_gaps(tmp_path: Path) -> None:
+    arrived: list[float] = []
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        arrived.append(time.monotonic())
+        return error(503, "loading") if arrived[-1] - arrived[0] < 2.5 else None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        await ask(tmp_path, model, asks(model, questions(4)))
+    assert max(later - earlier for earlier, later in pairwise(arrived)) > 1.9  # one second, then two
+
+
+async def test_a_server_that_is_busy_again_and_again_is_not_named_each_time(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "LONG_PAUSE_S", 0.02)
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        return None if before else error(429, "slow down", **{"retry-after": "0.02"})
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(max_concurrency=1))
+        await ask(tmp_path, model, asks(model, questions(30)))
+    told = capfd.readouterr().err
+    assert (told.count("busy"), told.count("answers again")) == (1, 1)
 
 
 async def test_fewer_answers_than_n_are_topped_up(tmp_path: Path) -> None:

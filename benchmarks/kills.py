@@ -75,8 +75,9 @@ class _Storm:
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             self._wait(child, seen.requests, last)
-            if child.poll() is not None:
-                return
+            if child.poll() is not None:  # too late: the rest of the kills is for the same once more, from the journal
+                shutil.rmtree(self.folder / RUN)
+                continue
             child.kill()
             child.wait()
             self.kills += 1

@@ -128,7 +128,9 @@ class Pace:
         long = now - self._busy_since >= BUSY_S or (pause_s or 0.0) >= LONG_PAUSE_S
         if long and now >= self._quiet_until:
             asks = (
-                f"trying again in {self._unsaid:.0f} s" if pause_s is None else f"its answer asks for {pause_s:.0f} s"
+                f"trying again in {self._unsaid:.0f} s"
+                if pause_s is None
+                else f"its answer asks for {round(pause_s, 1):g} s"
             )
             say(f"models.{self.name}: busy ({' '.join(why.split())[:SAID]}); waiting, {asks}")
             self._busy_told = True

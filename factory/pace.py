@@ -119,6 +119,7 @@ class Pace:
 
     def busy(self, sent_at: float, pause_s: float | None, why: str) -> None:
         """The server said 429 or 503: hold still for as long as it says, and ask less at once from then on."""
+        pause_s = pause_s or None  # 0 s is no pause: heeded, it would have us ask as fast as it can refuse
         if pause_s is None and sent_at >= self._resume_at:  # it does not say: longer each time, until an answer comes
             self._unsaid = min(2 * self._unsaid, GAPS_S[1])
         self.hold(self._unsaid if pause_s is None else pause_s)

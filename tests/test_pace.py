@@ -244,17 +244,21 @@ async def test_a_server_that_never_answered_and_is_busy_is_named_in_growing_gaps
     assert sum("answers again" in line for line in lines) == 1
 
 
-async def test_a_busy_server_that_asks_for_nothing_is_asked_in_growing_gaps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [{}, {"retry-after": "0"}])
+async def test_a_busy_server_that_asks_for_no_pause_is_asked_in_growing_gaps(
+    tmp_path: Path, told: dict[str, str]
+) -> None:
     arrived: list[float] = []
 
     async def script(body: dict, before: int) -> web.StreamResponse | None:
         arrived.append(time.monotonic())
-        return error(503, "loading") if arrived[-1] - arrived[0] < 2.5 else None
+        return error(503, "loading", **told) if arrived[-1] - arrived[0] < 2.5 else None
 
     async with serving(script) as server:
         model = model_at(server.url)
         await ask(tmp_path, model, asks(model, questions(4)))
     assert max(later - earlier for earlier, later in pairwise(arrived)) > 1.9  # one second, then two
+    assert len(arrived) < 20
 
 
 async def test_a_server_that_is_busy_again_and_again_is_not_named_each_time(

@@ -298,7 +298,7 @@ class Journal:
         wanted = list(keys)
         marks = ",".join("?" * len(wanted))
         sql = f"SELECT key, attempt, choice, finish, tokens, max_tokens FROM answer WHERE key IN ({marks})"
-        return {key: Stored(*row) for key, *row in self.read(sql, wanted)}
+        return {row[0]: Stored._make(row[1:]) for row in self.read(sql, wanted)}
 
     def bodies(self, attempts: Iterable[int]) -> dict[int, tuple[bytes, int]]:
         """The bodies of some attempts, and for how many answers each was asked; a few hundred at a time."""

@@ -33,7 +33,8 @@ def lookup(
     for asked, stored in _in_chunks(journal, requests):
         for request, keys in asked:
             limit = request.sampling.max_tokens
-            ended = {key: stored[key].finish for key in keys if key in stored and stored[key].valid(limit)}
+            found = ((key, stored.get(key)) for key in keys)
+            ended = {key: answer.finish for key, answer in found if answer is not None and answer.valid(limit)}
             failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
             if retry_failed:
                 ended, failed = {key: finish for key, finish in ended.items() if key not in failed}, {}

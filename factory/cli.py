@@ -10,8 +10,8 @@ from factory.errors import FactoryError, RecipeError, disk_error
 from factory.signals import Interrupted, interrupting
 
 EXIT_CODES = """
-exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit, 4 key or TLS, 5 budget or quota,
-6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
+exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit or without a row, 4 key or TLS, 5
+budget or quota, 6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
 13 a batch is submitted: run the same command again to collect it, 129/130/143 stopped, 141 output closed
 """
 

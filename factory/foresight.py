@@ -23,6 +23,7 @@ from factory.prompts import PromptLists
 from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.teachers.reference import Reference
 from factory.yamlfile import Path_
 
 
@@ -50,7 +51,7 @@ def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> I
     flows: dict[int, _Flow] = {}
     for step in steps:
         before = _join([flows[number] for number in step.reads])
-        for finding in _of_step(step, before, steps, prompts):
+        for finding in _of_step(recipe, step, before, steps, prompts):
             yield finding._replace(at=(*_path(recipe, step), *finding.at))
         flows[step.number] = _behind(step, before)
 
@@ -90,8 +91,15 @@ def _score_name(knobs: Judge) -> str | None:
         return None
 
 
-def _of_step(step: Step, before: _Flow, steps: list[Step], prompts: PromptLists | None) -> Iterator[Finding]:
+def _of_step(
+    recipe: Recipe, step: Step, before: _Flow, steps: list[Step], prompts: PromptLists | None
+) -> Iterator[Finding]:
     match step.knobs:
+        case Generate() as knobs:
+            sets = before.sets.union(step.sets)
+            known = all(isinstance(recipe.models.get(name), Reference) for name in knobs.models)
+            if known and not _any_brings("references", sets, prompts):
+                yield Finding(("model",), f"no prompt of {_of(sets)} has a `reference` that could be the answer")
         case Given() if not _any_brings("answers", step.sets, prompts):
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
                 text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"

@@ -171,6 +171,7 @@ name: scored
 models:
   teacher: {type: openai, model: m, base_url: "http://127.0.0.1:9/v1"}
   other: {type: openai, model: o, base_url: "http://127.0.0.1:9/v1"}
+  known: {type: reference}
 prompts:
   - {path: asked.jsonl}
 stages:
@@ -180,19 +181,20 @@ stages:
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        (["generate: {model: teacher, n: 2}", "choose: {best: 1, by: nonsense}"], "r.yaml:9: nothing before it gives the score 'nonsense'; known: logprob"),
-        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "choose: {best: 1, by: helpfulnes}"], "r.yaml:10: nothing before it gives the score 'helpfulnes'; did you mean 'helpfulness'?"),
-        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, as: grade}", "choose: {best: 1, by: helpfulness}"], "r.yaml:10: nothing before it gives the score 'helpfulness'; known: grade, logprob"),
-        (["generate: {model: teacher}", "filter: [{near_duplicates: {by: grade}}]"], "r.yaml:9: nothing before it gives the score 'grade'"),
-        (["generate: {model: teacher, n: 2}", "choose: {best: 1, by: closest_to_reference}"], "r.yaml:9: closest_to_reference: no prompt of asked has a `reference`"),
-        (["generate: {model: teacher, n: 2}", "pair"], "r.yaml:9: nothing before it scores the answers"),
-        (["generate: {model: teacher, n: 2}", "pair: {score: grade}"], "r.yaml:9: nothing before it gives the score 'grade'"),
-        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "pair"], "r.yaml:10: a pair needs two answers"),
-        (["generate: {model: {teacher: 1, other: 2}}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "pair"], "r.yaml:10: a pair needs two answers"),
-        (["generate: {model: teacher, n: 4}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "choose: {best: 1, by: helpfulness}", "pair"], "r.yaml:11: a pair needs two answers"),
-        (["generate: {model: teacher, n: 2}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, as: grade}", "pair"], "r.yaml:11: the answers have several scores (grade, helpfulness)"),
-        (["filter: [finished]"], "r.yaml:5: no row of asked brings an answer"),
-        (["generate: {model: teacher, as: here}", "filter: {from: asked, filters: [finished]}"], "r.yaml:5: no row of asked brings an answer"),
+        (["generate: {model: teacher, n: 2}", "choose: {best: 1, by: nonsense}"], "r.yaml:10: nothing before it gives the score 'nonsense'; known: logprob"),
+        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "choose: {best: 1, by: helpfulnes}"], "r.yaml:11: nothing before it gives the score 'helpfulnes'; did you mean 'helpfulness'?"),
+        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, as: grade}", "choose: {best: 1, by: helpfulness}"], "r.yaml:11: nothing before it gives the score 'helpfulness'; known: grade, logprob"),
+        (["generate: {model: teacher}", "filter: [{near_duplicates: {by: grade}}]"], "r.yaml:10: nothing before it gives the score 'grade'"),
+        (["generate: {model: teacher, n: 2}", "choose: {best: 1, by: closest_to_reference}"], "r.yaml:10: closest_to_reference: no prompt of asked has a `reference`"),
+        (["generate: {model: teacher, n: 2}", "pair"], "r.yaml:10: nothing before it scores the answers"),
+        (["generate: {model: teacher, n: 2}", "pair: {score: grade}"], "r.yaml:10: nothing before it gives the score 'grade'"),
+        (["generate: {model: teacher}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "pair"], "r.yaml:11: a pair needs two answers"),
+        (["generate: {model: {teacher: 1, other: 2}}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "pair"], "r.yaml:11: a pair needs two answers"),
+        (["generate: {model: teacher, n: 4}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "choose: {best: 1, by: helpfulness}", "pair"], "r.yaml:12: a pair needs two answers"),
+        (["generate: {model: teacher, n: 2}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, as: grade}", "pair"], "r.yaml:12: the answers have several scores (grade, helpfulness)"),
+        (["generate: {model: known}"], "r.yaml:9: no prompt of asked has a `reference`"),
+        (["filter: [finished]"], "r.yaml:6: no row of asked brings an answer"),
+        (["generate: {model: teacher, as: here}", "filter: {from: asked, filters: [finished]}"], "r.yaml:6: no row of asked brings an answer"),
     ],
 )  # fmt: skip
 def test_a_stage_that_can_give_no_row_is_found_before_anything_is_asked(

@@ -223,7 +223,7 @@ async def test_an_answer_that_was_broken_off_is_asked_again(tmp_path: Path, mode
 
 
 def recipe(tmp_path: Path, vllm: Vllm) -> None:
-    rows = [json.dumps({"prompt": f"question {i}"}) for i in range(12)]
+    rows = [json.dumps({"prompt": f"question {i}", "reference": "x"}) for i in range(12)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     args = json.dumps(vllm.args)
     (tmp_path / "recipe.yaml").write_text(f"""\
@@ -286,7 +286,6 @@ def test_what_outlives_its_keeper_is_stopped_at_the_next_start(tmp_path: Path, m
     left = pids_of(tmp_path)
     assert all(map(running, left))
     # whatever the next run asks for: here another teacher
-    (tmp_path / "answers.jsonl").write_text('{"prompt": "question 1", "completion": "x"}\n')
     told = end(build(tmp_path, "--set", "models.teacher={type: reference}"))
     assert "stopped a vLLM server that an earlier run left behind (2 processes)" in told
     assert all_ended(left, 0)

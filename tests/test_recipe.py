@@ -1,8 +1,15 @@
 """Recipes: every problem at once, with file, line and nearest key; parents and overrides merge as documented."""
 
+import contextlib
+import copy
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from factory.check import check
 from factory.errors import RecipeError
@@ -158,6 +165,42 @@ def test_a_part_that_is_left_out_makes_no_other_problems(tmp_path: Path, wrong: 
         check(draft(write(tmp_path, MINIMAL.replace(wrong, right))))
     lines = str(caught.value).splitlines()
     assert len({line.split(":")[1] for line in lines}) == 1, lines
+
+
+JUNK = [None, 3, -1, 1e99, True, "x", "", [], [1], {}, {"a": 1}, [{}], [None], ["finished"], {"filter": None}]
+
+
+def paths(data: object, here: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every value inside plain data."""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in pairs:
+        yield (*here, key)
+        yield from paths(value, (*here, key))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(JUNK), st.booleans()), min_size=1, max_size=4))
+def test_whatever_is_wrong_is_told_and_never_a_crash(changes: list[tuple[int, object, bool]]) -> None:
+    data, _ = parse(MINIMAL, "r.yaml")
+    for number, junk, as_new_key in changes:
+        if every := list(paths(data)):
+            *above, last = every[number % len(every)]
+            here = data
+            for key in above:
+                here = here[key]
+            here["neu" if as_new_key and isinstance(here, dict) else last] = copy.deepcopy(junk)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), json.dumps(data))
+        made, told = draft(path), ""
+        with contextlib.suppress(RecipeError):
+            check(made, Path(folder))
+            told = "nothing is wrong"
+        if told:
+            assert load(path) == made.recipe
+        else:
+            with pytest.raises(RecipeError) as caught:
+                check(made, Path(folder))
+            assert all(line.startswith(f"{path}:1: ") for line in str(caught.value).splitlines()), caught.value
 
 
 def test_prompts_that_are_no_list_are_one_problem(tmp_path: Path) -> None:

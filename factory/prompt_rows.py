@@ -40,6 +40,8 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
     by_form = not {"prompt", "messages"} & mapped.keys()
 
     def read(row: dict[str, Any], place: str) -> Prompt:
+        if not mapped:
+            return _prompt(_recognised(row, place), source)
         fields: Fields = {}
         wrong: list[str] = []  # all that is wrong with the columns is told at once
         for name, value in mapped.items():
@@ -171,11 +173,11 @@ def _text(value: Any, name: str) -> str:
     """A value as text: numbers as JSON writes them, nothing as nothing; blank text is nothing, too."""
     if value is None:
         return ""
+    if isinstance(value, str):
+        return value if value.strip() else ""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    if not isinstance(value, str):
-        raise Unreadable(f"{name} is not text but {type(value).__name__}")
-    return value if value.strip() else ""
+    raise Unreadable(f"{name} is not text but {type(value).__name__}")
 
 
 def _tags(value: Any) -> list[str]:

@@ -32,13 +32,14 @@ def lookup(
     """
     for asked, stored in _in_chunks(journal, requests):
         for request, keys in asked:
-            limit = request.sampling.max_tokens
-            found = ((key, stored.get(key)) for key in keys)
-            ended = {key: answer.finish for key, answer in found if answer is not None and answer.valid(limit)}
-            failed = {key: Failure(reason=finish) for key, finish in ended.items() if finish in RULES}
-            if retry_failed:
-                ended, failed = {key: finish for key, finish in ended.items() if key not in failed}, {}
-            yield request, {i: key for i, key in enumerate(keys) if key not in ended}, failed
+            limit, lacking, failed = request.sampling.max_tokens, dict[int, str](), dict[str, Failure]()
+            for place, key in enumerate(keys):
+                answer = stored.get(key)
+                if answer is None or not answer.valid(limit) or (retry_failed and answer.finish in RULES):
+                    lacking[place] = key
+                elif answer.finish in RULES:
+                    failed[key] = Failure(reason=answer.finish)
+            yield request, lacking, failed
 
 
 def lacking_parts(request: Request, lacking: dict[int, str], skip: Skip | None = None) -> Iterator[Request]:

@@ -28,6 +28,8 @@ from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
 
 OUTAGE = ("outage", "transport", "timeout", "gateway_timeout", "server_error", "html_page")
 """What an outage looks like from here; each of them may also be one request's bad luck."""
+MAYBE_OWN = ("timeout", "gateway_timeout", "server_error", "transport")
+"""Of these, what a single request may bring about: one that makes the server fail, or think for too long."""
 MAX_WAIT_S = 3600.0
 """How long one request may be put off by 429 and 503 before it counts as failed."""
 DRAIN_S = 30.0
@@ -292,7 +294,10 @@ class _Round:
             retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
-        outcome: Outcome = await retrying(self._attempt, request)
+        try:
+            outcome: Outcome = await retrying(self._attempt, request)
+        finally:
+            self.pace.forget(id(request))
         error = ending(outcome, self.pace.answered) if isinstance(outcome, Failure) else None
         if isinstance(outcome, Failure) and error is not None:
             advice = WHAT_TO_DO.get(outcome.reason, "mend that, then run again")
@@ -321,7 +326,7 @@ class _Round:
                 if time.monotonic() - waiting_since > MAX_WAIT_S:
                     return outcome
             elif outcome.reason in OUTAGE:
-                if not self.pace.fails(id(request), outcome.detail):
+                if not self.pace.fails(id(request), outcome.detail, outcome.reason in MAYBE_OWN):
                     return outcome
             else:
                 self.pace.works(sent_at)

@@ -7,7 +7,7 @@ Rates are 0..1 with Wilson 95 % intervals; differences and ratios are paired ove
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from factory import stats
 from factory.ask import Desk, Model, Tally
@@ -44,6 +44,13 @@ class Evaluate(Knobs):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int | None = Field(None, gt=0)
     reference: MatchesReference = MatchesReference()
+
+    @field_validator("students")
+    @classmethod
+    def _each_once(cls, students: list[str]) -> list[str]:
+        if len(set(students)) < len(students):
+            raise ValueError("a student is named twice")
+        return students
 
 
 class Examiner:

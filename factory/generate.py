@@ -96,6 +96,8 @@ class Generate(Knobs):
             raise ValueError("until decides how often to draw: remove n, or until")
         if (self.n > 1 or self.until) and self.temperature == 0:
             raise ValueError("temperature: 0 is greedy, so all draws would be the same")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("a model is named twice; to ask it more often, raise n")
         if isinstance(self.model, dict) and (min(self.model.values()) < 0 or sum(self.model.values()) <= 0):
             raise ValueError("weights of models must be 0 or more, and not all 0")
         return self

@@ -43,3 +43,17 @@ def one_key(union: Any, shorthand: dict[str, str] | None = None) -> Any:
         raise PydanticCustomError("one_key", "write a name, or a map with one key: the name, and its settings below it")
 
     return Annotated[Annotated[union, Field(discriminator="kind")], BeforeValidator(untag)]
+
+
+def written_out(record: Knobs) -> Any:
+    """A record as it stands in a recipe, one-key maps included: what reads as the same record again."""
+    return _as_written(record.model_dump(mode="json", by_alias=True, exclude_unset=True))
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _as_written(item) for key, item in value.items()}
+    return {inner.pop("kind"): inner} if isinstance(value.get("kind"), str) else inner

@@ -24,6 +24,8 @@ Problem = tuple[Path_, str]
 """Where in the data, and what."""
 
 PARTS = ("models", "prompts", "stages")
+SECRET = (("api_key_env",), ("base_url",))
+"""Where people paste a key or a password by mistake: what stands there is not shown."""
 STAND_INS: dict[str, Any] = {"name": "nameless", "prompts": [{"path": "none"}]}
 """For what no recipe can be without."""
 
@@ -149,7 +151,7 @@ def _told(error: Any, data: Any, record: type[Knobs]) -> str:
     at = _path(error["loc"], data)
     key = ".".join(str(part) for part in at) or "the whole"
     if error["type"] == "extra_forbidden":
-        known = sorted(_known_keys(error["loc"][:-1], record))
+        known = sorted(_known_keys(error["loc"][:-1], record) | ({"extends"} if len(error["loc"]) == 1 else set()))
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
     if error["type"] == "union_tag_invalid":
@@ -160,9 +162,14 @@ def _told(error: Any, data: Any, record: type[Knobs]) -> str:
         if error["loc"][-1] == "[key]":
             return f"unknown key {key!r}; {nearest(str(error['input']), named)}"
         return f"{key}: there is no {error['input']!r}; {nearest(str(error['input']), named)}"
+    if error["type"] == "union_tag_not_found":
+        told = error["ctx"]["discriminator"].strip("'")
+        records = _records(record.model_fields[str(error["loc"][0])].annotation)
+        return f"{key}.{told} is missing; known: {', '.join(sorted({tag for one in records for tag in _tags(one)}))}"
     if error["type"] == "missing":
         return f"{key} is missing"
-    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
+    shown = not isinstance(error.get("input"), dict | list) and at[-1:] not in SECRET
+    got = f" (got {error.get('input')!r})" if shown else ""
     return f"{key}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 

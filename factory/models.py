@@ -12,7 +12,7 @@ from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
 from factory.teachers.transformers import Transformers
 from factory.teachers.vllm import Vllm
-from factory.weights import Weights, materialise_in_child
+from factory.weights import Weights, lacking_packages, materialise_in_child
 
 
 class Models:
@@ -50,6 +50,8 @@ class Models:
         self.identity(name)
         if isinstance(entry, OpenAI):
             entry.key()
+        if isinstance(entry, Transformers) and (missing := lacking_packages()):
+            raise RecipeError(f"models.{name}: {missing}")
 
     def open(self, name: str) -> Model:
         entry = self.entry(name)

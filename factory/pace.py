@@ -66,6 +66,8 @@ class Pace:
         self._seen: Queue | None = None
         self._failed_in_a_row = 0
         self._failing: set[int] = set()
+        self._answers = 0
+        self._first_failed: dict[int, int] = {}
         self._why = ""
         self._down_since: float | None = None
         self._gap = GAPS_S[0]
@@ -104,11 +106,13 @@ class Pace:
 
     def works(self, sent_at: float, tokens: int | None = None) -> None:
         """The server answered, be it with a refusal: it is up. `tokens` is what a real answer used."""
+        self._answers += 1
         self._failed_in_a_row = 0
         self._failing.clear()
         if self._down_since is not None:
             say(f"models.{self.name}: answers again after {time.monotonic() - self._down_since:.0f} s")
             self._down_since, self._gap = None, GAPS_S[0]
+            self._first_failed.clear()
         self._no_longer_busy(sent_at)
         if tokens is not None:
             self.answered, self._unsaid = True, GAPS_S[0] / 2
@@ -184,15 +188,27 @@ class Pace:
 
     # -- outages ---------------------------------------------------------------------------------------------------
 
-    def fails(self, request: int, why: str) -> bool:
-        """A failure of the kind that outages bring; True where it is taken for one and uses up no attempt."""
+    def fails(self, request: int, why: str, own: bool = False) -> bool:
+        """A failure of the kind that outages bring; True where it is taken for one and uses up no attempt.
+
+        `own`: it may be the fault of this request alone. It is, where more have been answered since it failed first than
+        were on their way then; and a few that fail like this, with nothing else left to ask, are no outage either.
+        """
+        fine_until = self._first_failed.setdefault(request, self._answers + self.in_flight)
+        if own and not self.down and self._answers > fine_until:
+            return False
         self._failed_in_a_row += 1
         self._failing.add(request)
         self._why = why
-        if self._down_since is None and self._failed_in_a_row >= OPEN_AFTER and len(self._failing) > 1:
+        enough = OPEN_AFTER if own else 2
+        if self._down_since is None and self._failed_in_a_row >= OPEN_AFTER and len(self._failing) >= enough:
             self._down_since = time.monotonic()
             say(f"models.{self.name}: nothing succeeds any more ({why}); waiting, trying again now and then")
         return self.down
+
+    def forget(self, request: int) -> None:
+        """This request is at its end."""
+        self._first_failed.pop(request, None)
 
     async def line_up(self) -> None:
         """During an outage: wait in line for the turn to try. OutageError when it lasts too long."""

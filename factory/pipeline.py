@@ -31,6 +31,7 @@ from factory.foresight import foresee
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
+from factory.knobs import written_out
 from factory.models import Models
 from factory.naming import Naming
 from factory.pair import PairUp, pair
@@ -80,8 +81,12 @@ def run(
             raise
         work.note("done")
         report.build(work.folder)
-        work.check_failures()
-        work.check_rows(steps)
+        try:
+            work.check_failures()
+            work.check_rows(steps)
+        except TooManyFailures as e:
+            work.note("done", why=stopped_by(e))
+            raise
     return work.folder
 
 
@@ -120,8 +125,8 @@ class Work:
             if finding.fatal:
                 raise RecipeError(str(finding))
             say(str(finding))
-        resolved = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        write_bytes(self.folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
+        resolved = yaml.safe_dump(written_out(self.recipe), sort_keys=False, allow_unicode=True)
+        write_bytes(self.folder / "recipe.yaml", resolved.encode())
         self.note("unfinished")
         for name in self.naming.needed(steps):
             self.models.ready(name)
@@ -153,7 +158,7 @@ class Work:
         """TooManyFailures for an empty data set, unless all may fail; a run that only measures makes none."""
         kept = any(splits["train"] for splits in self.rows.values())
         if not kept and self.max_failed < 1 and not any(isinstance(step.knobs, Evaluate) for step in steps):
-            raise TooManyFailures(f"the data set has no rows; `factory show {self.recipe.name}` tells where they went")
+            raise TooManyFailures(f"the data set has no rows; `factory show {self.folder}` tells where they went")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -304,6 +309,8 @@ class Work:
                 knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
                 seed=self.recipe.seed, on_progress=lambda told: reached(told["step"], told["steps"]),
             )  # fmt: skip
+        if told["steps"] == 0:
+            raise RecipeError(f"{step.title}: the trainer took no step; raise args.num_train_epochs or args.max_steps")
         facts |= {"student": knobs.as_, "method": knobs.method, "model": "model"}
         out.counts["kept"] += told["rows_trained"]
         for reason, count in told["rows_set_aside"].items():

@@ -1,6 +1,7 @@
 """The recipe: one YAML file as a typed record. Every problem is reported at once, with file, line and nearest key."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -12,6 +13,7 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
+from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
 from factory.generate import Generate
 from factory.judge import Judge
@@ -24,14 +26,17 @@ from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
 from factory.teachers.replay import Replay
+from factory.teachers.transformers import Transformers
 from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
-from factory.weights import Weights, is_path
+from factory.weights import Weights, is_path, lacking_packages
 from factory.yamlfile import Path_
 
 Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
 StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
 
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A stage's or student's name is part of folder names."""
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -120,6 +125,8 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: there are no weights at {entry.model}")
         elif isinstance(entry, Weights) and not is_path(entry.model):
             found.append(f"models.{name}: {entry.model} is a hub id; it is looked up when the run needs it")
+        if isinstance(entry, Transformers) and (missing := lacking_packages()):
+            found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
     return found
@@ -149,6 +156,11 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
                     (*at, "from"),
                     f"there is no prompt list or earlier stage {name!r}; {nearest(name, sets | stages | lost)}",
                 )
+        if stage.as_ is not None and not STAGE_NAME.fullmatch(stage.as_):
+            yield (
+                (*at, "as"),
+                f"the name {stage.as_[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+            )
         yield from (((*at, *below), text) for below, text in _own_problems(recipe, i, stage, made))
         if isinstance(stage, Train):
             if stage.as_ in models:
@@ -165,8 +177,19 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
     match stage:
         case Generate(until=until) if until and not (made.lacks("stages") or _next_is_filter(recipe, i)):
             yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
-        case Choose(by="logprob") if silent := _tells_no_logprob(recipe, i):
-            yield ("by",), f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
+        case Choose(by="logprob") | PairUp(score="logprob") if silent := _tells_no_logprob(recipe, i):
+            text = f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
+            yield ("by" if isinstance(stage, Choose) else "score",), text
+        case Curate():
+            silent = _tells_no_logprob(recipe, i)
+            for k, one in enumerate(stage.filters):
+                if isinstance(one, Duplicates) and one.by == "logprob" and silent:
+                    yield (
+                        (k,),
+                        f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above",
+                    )
+                if isinstance(one, Tokens) and (why := _no_tokenizer(recipe, one)):
+                    yield (k,), why
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
             if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
@@ -197,6 +220,17 @@ def _names_lost(made: Draft) -> set[str]:
             bodies = [body for body in part.values() if isinstance(body, dict)]
             names.update(str(body.get("as", "student")) for body in bodies)
     return names
+
+
+def _no_tokenizer(recipe: Recipe, counting: Tokens) -> str | None:
+    """Why a `tokens` filter has nothing to count with."""
+    first = next((stage.student for stage in recipe.stages if isinstance(stage, Train)), None)
+    name = counting.model or first
+    if name is None:
+        return "tokens: the recipe trains no student; name a local model with `model:`"
+    if name in recipe.models and not isinstance(recipe.models[name], Weights):
+        return f"tokens: models.{name} has no local tokenizer; name a local model with `model:`"
+    return None
 
 
 def _next_is_filter(recipe: Recipe, i: int) -> bool:

@@ -55,6 +55,13 @@ class Lora(Knobs):
     target_modules: str | list[str] = "all-linear"
 
 
+NUMBERS = {
+    "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_length", "warmup_steps", "weight_decay", "beta",
+}  # fmt: skip
+"""Arguments that people set by hand most: what is wrong with them is told before anything is asked."""
+
+
 class Train(Knobs):
     """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's."""
 
@@ -80,6 +87,10 @@ def check_args(method: str, args: dict[str, Any]) -> list[str]:
             problems.append(
                 f"args.{name} is not an argument of TRL's {method} trainer" + (f"; use {use}" if use else "")
             )
+        elif name in NUMBERS and (isinstance(args[name], bool) or not isinstance(args[name], int | float)):
+            problems.append(f"args.{name} is a number, not {args[name]!r}")
+    if not problems and args.get("num_train_epochs", 1) <= 0 >= args.get("max_steps", -1):
+        problems.append("args.num_train_epochs: no step would be taken; make it more than 0, or set max_steps")
     return problems
 
 

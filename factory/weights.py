@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,13 @@ from factory.rows import digest
 
 CONTENT = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 """What of a folder makes the model: weights, configs, tokenizer, chat template."""
+
+
+def lacking_packages() -> str | None:
+    """What local models and training need and is not installed, with what to do."""
+    missing = [name for name in ("torch", "transformers", "trl") if find_spec(name) is None]
+    told = f"{' and '.join(missing)} not installed: pip install 'distillation-factory[train]'"
+    return f"local models and training need what is {told}" if missing else None
 
 
 class Weights(Knobs):

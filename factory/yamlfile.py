@@ -14,6 +14,7 @@ from factory.errors import RecipeError
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
+MAX_DEPTH = 50
 
 Place = tuple[str, int]
 """File and line, for messages."""
@@ -73,6 +74,10 @@ class _Builder:
     def build(self, node: Any, path: Path_) -> Any:
         line = node.start_mark.line + 1
         self.places[path] = (self.name, line)
+        if len(path) > MAX_DEPTH:
+            raise RecipeError(
+                f"{self.name}:{line}: more than {MAX_DEPTH} values inside each other; an alias inside itself?"
+            )
         if len(self.places) > MAX_NODES:
             raise RecipeError(f"{self.name}:{line}: aliases expand to more than {MAX_NODES} values")
         if not str(node.tag).startswith("tag:yaml.org,2002:") or ":python" in node.tag:

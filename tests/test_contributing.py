@@ -36,10 +36,11 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "factory/filters/no_shouting.py").write_text(code)
     union = tmp_path / "factory/filters/__init__.py"
     text = union.read_text()
-    import_, name = "from factory.filters.reference import MatchesReference\n", "| NearDuplicates\n"
-    assert text.count(import_) == text.count(name) == 1
+    (names,) = re.findall(r"^Filter: TypeAlias = \(\n(.*?)\n\)", text, re.MULTILINE | re.DOTALL)
+    import_ = "from factory.filters.reference import MatchesReference\n"
+    assert import_ in text
     text = text.replace(import_, "from factory.filters.no_shouting import NoShouting\n" + import_)
-    union.write_text(text.replace(name, "| NearDuplicates | NoShouting\n"))
+    union.write_text(text.replace(names, f"{names} | NoShouting"))
     rows = [{"prompt": f"question {i}", "completion": text} for i, text in enumerate(ANSWERS)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

@@ -38,6 +38,13 @@ print(json.dumps({"names": names, "default": get_dataset_default_config_name(fol
 """
 
 
+AGAIN = """
+import sys
+from datasets import load_dataset
+print([list(load_dataset(folder)["train"]["completion"]) for folder in sys.argv[1:]])
+"""
+
+
 def user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
@@ -211,3 +218,15 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
         return held
 
     assert peak(8_000) - peak(100) < 200_000  # bytes; 8,000 rows held at once take millions
+
+
+def test_datasets_takes_no_folder_for_another(tmp_path: Path) -> None:
+    """It keeps what it has read under the folder's last name and the card's header: same columns, same size, other rows."""
+    first = write(tmp_path / "a", config("default", [row(1, completion=said("one"))]))
+    other = write(tmp_path / "b", config("default", [row(1, completion=said("two"))]))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN, str(first), str(other)],
+        capture_output=True, text=True, env=environment, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[['one'], ['two']]"

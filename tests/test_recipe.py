@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factory.check import check
 from factory.errors import RecipeError
 from factory.journal import Journal
+from factory.knobs import written_out
 from factory.pipeline import run
 from factory.recipe import draft, load
 from factory.recipe_file import find, shipped
@@ -32,6 +34,8 @@ stages:
   - train: {method: sft, student: base}
   - evaluate: {students: [base, student], teacher: teacher}
 """
+
+RECIPES = sorted((shipped() / "recipes").rglob("*.yaml"))
 
 
 def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
@@ -64,7 +68,7 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
         ("- filter", "- fitler", "r.yaml:9: stages.1: there is no 'fitler'; did you mean 'filter'?"),
         ("type: openai", "type: opnai", "r.yaml:3: models.teacher: there is no 'opnai'; did you mean 'openai'?"),
         ("held_out", "heldout", "r.yaml:6: unknown key 'prompts.0.heldout'; did you mean 'held_out'?"),
-        ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: budget, models, name, prompts, seed, stages"),
+        ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: budget, extends, models, name, prompts, seed, stages"),
         ("model: teacher", "model: techer", "r.yaml:8: there is no model 'techer'; did you mean 'teacher'?"),
         ("[base, student]", "[base, studend]", "r.yaml:11: there is no model 'studend'; did you mean 'student'?"),
         ("filter: [finished, {words: {min: 2}}]", "choose: {best: 1, by: logprob}", "r.yaml:9: models.teacher tells no log-probability; set logprobs: true in the generate stage above"),
@@ -73,6 +77,18 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
         ("n: 2", "from: nowhere", "r.yaml:8: there is no prompt list or earlier stage 'nowhere'"),
         ("base_url: \"http", "base_url: \"ftp", "r.yaml:3: models.teacher.base_url: base_url must look like https://host/v1"),
         ("model: m,", "model: m, api_key: sk-123,", "r.yaml:3: unknown key 'models.teacher.api_key'; did you mean 'api_key_env'?"),
+        ("n: 2}", "n: 2, as: ../../../evil}", "r.yaml:8: the name '../../../evil' must be 1 to 64 letters"),
+        ("n: 2}", "n: 2, as: ''}", "r.yaml:8: the name '' must be"),
+        ("student: base}", "student: base, as: a/b}", "r.yaml:10: the name 'a/b' must be"),
+        ("model: teacher, n: 2", "model: [teacher, teacher]", "r.yaml:8: stages.0.generate: a model is named twice"),
+        ("[base, student]", "[base, base]", "r.yaml:11: stages.3.evaluate.students: a student is named twice"),
+        ("filter: [finished, {words: {min: 2}}]", "pair: {score: logprob}", "r.yaml:9: models.teacher tells no log-probability"),
+        ("{words: {min: 2}}", "{near_duplicates: {by: logprob}}", "r.yaml:9: models.teacher tells no log-probability"),
+        ("{words: {min: 2}}", "{tokens: {min: 2, model: teacher}}", "r.yaml:9: tokens: models.teacher has no local tokenizer"),
+        ("student: base}", "student: base, args: {num_train_epochs: 0}}", "no step would be taken"),
+        ("student: base}", "student: base, args: {learning_rate: abc}}", "args.learning_rate is a number, not 'abc'"),
+        ("type: openai, model", "typ: openai, model", "r.yaml:3: models.teacher.type is missing; known: anthropic, openai,"),
+        ("name: small", "extend: x.yaml\nname: small", "unknown key 'extend'; did you mean 'extends'?"),
         ("held_out: 4", "take: 9", "r.yaml:11: no prompts are held out to be asked"),
         ("student: base}", "student: teacher}", "r.yaml:10: models.teacher is `type: openai`, which cannot be trained"),
         ("method: sft, student: base", "method: sft, student: base, args: {max_seq_length: 5}", "max_length"),
@@ -81,6 +97,32 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path, old: str, new: str, told: str) -> None:
     assert old in MINIMAL
     assert any(told in line for line in problems(tmp_path, MINIMAL.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model: m,", "model: m, api_key_env: sk-canary-123,"),
+        ("http://127.0.0.1:9/v1", "http://user:sk-canary-123@127.0.0.1/v1"),
+    ],
+)
+def test_a_key_that_was_pasted_is_not_shown(tmp_path: Path, old: str, new: str) -> None:
+    told = problems(tmp_path, MINIMAL.replace(old, new))
+    assert told
+    assert "canary" not in "".join(told)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_recipe_that_is_written_out_reads_as_the_same(path: Path, tmp_path: Path) -> None:
+    recipe = load(path)
+    text = yaml.safe_dump(written_out(recipe), sort_keys=False)
+    assert load(write(tmp_path, text)) == recipe
+
+
+def test_keys_called_kind_inside_a_schema_stay_where_they_are(tmp_path: Path) -> None:
+    form = "{type: json_schema, json_schema: {name: x, schema: {type: object, properties: {kind: {type: string}}}}}"
+    recipe = load(write(tmp_path, MINIMAL.replace("n: 2}", f"response_format: {form}}}", 1)))
+    assert load(write(tmp_path, yaml.safe_dump(written_out(recipe)), "again.yaml")) == recipe
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
@@ -292,6 +334,7 @@ def test_a_check_against_references_that_no_prompt_has_is_a_warning(
         ("name: [a\nprompts: x", "r.yaml:2: not YAML"),
         ("name: !!python/object/apply:os.system [x]", "r.yaml:1: the tag"),
         ("- a", "r.yaml:1: a recipe is a map"),
+        ("name: x\nstages: &a [*a]", "r.yaml:2: more than 50 values inside each other"),
         ("a: &a [x]\nb: &b [*a, *a]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n" for p, c in zip("bcdefgh", "cdefghi", strict=True)), "aliases expand"),
     ],
 )  # fmt: skip
@@ -357,9 +400,6 @@ def test_a_mistake_in_a_parent_names_the_parent(tmp_path: Path) -> None:
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "extends: r.yaml\n", "a.yaml")
     assert "circle" in problems(tmp_path, "extends: a.yaml\n")[0]
-
-
-RECIPES = sorted((shipped() / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -40,6 +40,11 @@ def one_key(union: Any, shorthand: dict[str, str] | None = None) -> Any:
             raise PydanticCustomError("one_key", "the settings of '{kind}' must be a map", {"kind": str(kind)})
         if isinstance(value, BaseModel):
             return value
+        if isinstance(value, dict) and value:
+            several = ", ".join(map(str, value))
+            raise PydanticCustomError(
+                "one_key", "a map with one key is wanted here, not {several}", {"several": several}
+            )
         raise PydanticCustomError("one_key", "write a name, or a map with one key: the name, and its settings below it")
 
     return Annotated[Annotated[union, Field(discriminator="kind")], BeforeValidator(untag)]

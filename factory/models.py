@@ -47,11 +47,11 @@ class Models:
     def ready(self, name: str) -> None:
         """Raise what would stop this model from being asked: no key, no weights, no file."""
         entry = self.entry(name)
+        if isinstance(entry, Transformers) and (missing := lacking_packages()):
+            raise RecipeError(f"models.{name}: {missing}")
         self.identity(name)
         if isinstance(entry, OpenAI):
             entry.key()
-        if isinstance(entry, Transformers) and (missing := lacking_packages()):
-            raise RecipeError(f"models.{name}: {missing}")
 
     def open(self, name: str) -> Model:
         entry = self.entry(name)

@@ -98,17 +98,19 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
     if not equals or not keys:
         raise RecipeError(f"--set {override}: write KEY=VALUE, for example --set stages.0.generate.n=4")
     value, _ = yamlfile.parse(text, f"--set {keys}")
+    said_by: Place = (f"--set {keys}", 0)
     path: list[str | int] = []
     here = data
     *parents, last = keys.split(".")
     for key in parents:
         step = _step(here, key, override)
+        path.append(step)
         if isinstance(here, dict) and here.get(step) is None:
-            here[step] = {}
+            here[step], places[tuple(path)] = {}, said_by
         elif isinstance(here, list) and step == len(here):
             here.append({})
+            places[tuple(path)] = said_by
         here = here[step]
-        path.append(step)
     step = _step(here, last, override)
     if isinstance(here, dict) and isinstance(here.get(step), dict) and isinstance(value, dict) and path != ["models"]:
         here[step] = {**here[step], **value}
@@ -118,7 +120,7 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
         here[step] = value
     for stale in [p for p in places if p[: len(path) + 1] == (*path, step)]:
         del places[stale]
-    places[(*path, step)] = (f"--set {keys}", 0)
+    places[(*path, step)] = said_by
 
 
 def _step(here: Any, key: str, override: str) -> Any:

@@ -29,8 +29,8 @@ CONTENT = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 def lacking_packages() -> str | None:
     """What local models and training need and is not installed, with what to do."""
     missing = [name for name in ("torch", "transformers", "trl") if find_spec(name) is None]
-    told = f"{' and '.join(missing)} not installed: pip install 'distillation-factory[train]'"
-    return f"local models and training need what is {told}" if missing else None
+    needed = f"local models and training need {', '.join(missing)}: pip install 'distillation-factory[train]'"
+    return needed if missing else None
 
 
 class Weights(Knobs):

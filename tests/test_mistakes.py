@@ -3,6 +3,8 @@
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,22 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.command import ASKED, asked_in_vain, factory, folder, read_jsonl, recipe, report, started, told, typed, until
+from tests.command import (
+    ASKED,
+    STAGES,
+    TRAINING,
+    asked_in_vain,
+    environment,
+    factory,
+    folder,
+    read_jsonl,
+    recipe,
+    report,
+    started,
+    told,
+    typed,
+    until,
+)
 from tests.server import error, held, in_thread
 
 TEACHER = "{type: openai, model: m, base_url: http://127.0.0.1:9/v1, limits: {max_attempts: 2}}"
@@ -210,6 +227,26 @@ def test_weights_that_are_none_are_found_before_anything_is_asked(tmp_path: Path
 
 
 # -- the journal -----------------------------------------------------------------------------------------------------
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from factory.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_what_training_needs_is_missed_before_anything_is_asked(tmp_path: Path) -> None:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=60, check=False
+        )
+
+    with in_thread() as server:
+        folder(tmp_path, recipe(server.url, Path("student"), STAGES + TRAINING))
+        checked = run("check", "recipe.yaml")
+        assert checked.returncode == 0, checked.stderr
+        assert "warning: models.base: local models and training need torch: pip install" in checked.stdout
+        told(run("run", "recipe.yaml"), 2, "models.base", "pip install 'distillation-factory[train]'")
+        assert not server.seen
+        assert run("build", "recipe.yaml").returncode == 0  # the data set alone needs no torch
 
 
 def test_a_second_process_on_the_same_journal_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
         ("student: base}", "student: base, args: {num_train_epochs: 0}}", "no step would be taken"),
         ("student: base}", "student: base, args: {learning_rate: abc}}", "args.learning_rate is a number, not 'abc'"),
         ("type: openai, model", "typ: openai, model", "r.yaml:3: models.teacher.type is missing; known: anthropic, openai,"),
+        ("- generate: {model: teacher, n: 2}", "- {generate: {model: teacher}, genrate: {n: 2}}", "r.yaml:8: stages.0: a map with one key is wanted here, not generate, genrate"),
         ("name: small", "extend: x.yaml\nname: small", "unknown key 'extend'; did you mean 'extends'?"),
         ("held_out: 4", "take: 9", "r.yaml:11: no prompts are held out to be asked"),
         ("student: base}", "student: teacher}", "r.yaml:10: models.teacher is `type: openai`, which cannot be trained"),
@@ -369,6 +370,14 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 )  # fmt: skip
 def test_set_changes_one_value(tmp_path: Path, override: str, check_: object) -> None:
     assert check_(load(write(tmp_path, MINIMAL), [override]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("override", ["modls.t.model=x", "models.teacher.limts.rpm=3", "stages.4.generat.n=1"])
+def test_a_wrong_key_of_a_set_is_not_blamed_on_the_file(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(write(tmp_path, MINIMAL), [override])
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith(f"--set {override.partition('=')[0]}: ") for line in lines), lines
 
 
 @pytest.mark.parametrize("override", ["nonsense", "stages.9.generate.n=1", "name.x=1", "stages.0.generate.nn=1"])

@@ -214,7 +214,8 @@ def test_a_recipe_without_stages_over_prompts_without_answers_is_refused(tmp_pat
 def test_a_data_set_without_a_row_is_no_success(tmp_path: Path) -> None:
     with in_thread() as server:
         folder(tmp_path, recipe(server.url, stages=STAGES.replace("min: 3", "min: 300")))
-        told(typed(tmp_path, "build", "recipe.yaml"), 3, "no rows", "factory show tiny")
+        told(typed(tmp_path, "build", "recipe.yaml"), 3, "no rows", "factory show runs/tiny")
+        assert "no rows" in typed(tmp_path, "show", "runs/tiny").stdout
         assert (tmp_path / "runs/tiny/report.html").exists()
         asked = len(server.seen)
         told(typed(tmp_path, "build", "recipe.yaml"), 3, "no rows")

@@ -80,9 +80,10 @@ def describe(folder: Path) -> str:
         state = f"{batch.state} {since}, {batch.requests} requests, {batch.identity}"
         lines += ["", f"open batch {batch.handle or batch.tag}: {state}"]
     left_out = [PROMPTS_DROPPED] if any(told.dropped or told.failed for told in run.prompts) else []
-    files = (*left_out, "dataset", "report.html", "report.json")
-    found = [folder / name for name in files if (folder / name).exists()]
-    return "\n".join([*lines, "", *(str(path) for path in found)])
+    results = [folder / name for name in ("dataset", "report.html", "report.json") if (folder / name).exists()]
+    older = "" if run.status == "done" else "  (of an earlier start: this one is not done)"
+    found = [*(str(folder / name) for name in left_out), *(f"{path}{older}" for path in results)]
+    return "\n".join([*lines, "", *found])
 
 
 def _counts(title: str, told: Funnel | _Stage, more: str = "") -> str:

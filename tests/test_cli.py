@@ -194,6 +194,17 @@ def test_ls_and_show_tell_what_there_is(tmp_path: Path) -> None:
     )
 
 
+def test_show_says_which_results_an_earlier_start_has_made(tmp_path: Path) -> None:
+    with in_thread() as server:
+        assert factory(folder(tmp_path, recipe(server.url)), "build", "recipe.yaml").returncode == 0
+    assert "earlier start" not in typed(tmp_path, "show", "tiny").stdout
+    changed = ("--set", "stages.0.generate.temperature=0.2", "--set", "budget.requests=1")
+    assert typed(tmp_path, "build", "recipe.yaml", *changed).returncode == 5
+    shown = typed(tmp_path, "show", "tiny").stdout
+    assert "runs/tiny/dataset  (of an earlier start: this one is not done)" in shown
+    assert "runs/tiny/report.html  (of an earlier start" in shown
+
+
 def test_show_follows_every_row_of_the_prompt_lists_and_says_where_those_left_out_are(tmp_path: Path) -> None:
     with in_thread() as server:
         text = recipe(server.url).replace("stages:", "  - {path: more.txt}\nstages:")

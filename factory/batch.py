@@ -28,9 +28,10 @@ from factory.journal import Journal, answer_keys, attempt_row
 from factory.progress import say
 from factory.retry import in_another_batch
 from factory.rows import Failure, Reply, Request, Sampling, Usage, endings
+from factory.stored import part
 from factory.teachers import BatchEndpoint, Teacher
 from factory.teachers.entry import Entry
-from factory.teachers.failures import MAYBE_BILLED, STOPS
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS
 
 LOOK_AGAIN_S = 60.0
 """The longest time between two looks at a batch that is waited for."""
@@ -256,7 +257,7 @@ class Batches:
         Raises Waiting while there are open batches.
         """
         try:
-            rest: Iterator[Request] | None = missing
+            rest: Iterator[Request] | None = self._adapted(missing)
             while rest is not None:
                 rest = await self._build(rest)
             if self._built():  # what is paid for already is worth finishing
@@ -270,6 +271,12 @@ class Batches:
             await self._submit(batch)
         if waiting := book.open_batches(self.journal, self.identity):
             raise Waiting("\n".join(self._told(batch) for batch in waiting))
+
+    def _adapted(self, missing: Iterator[Request]) -> Iterator[Request]:
+        """Each draw by a request of its own, where the endpoint has refused several in one."""
+        if not any(ACTIONS[failure.reason] == "adapt" for failure, _ in self._failed.values()):
+            return missing
+        return (part(request, i, 1) for request in missing for i in range(request.n))
 
     def _built(self) -> list[Batch]:
         return [batch for batch in book.open_batches(self.journal, self.identity) if batch.state == "built"]

@@ -19,6 +19,11 @@ def tries(limit: int, outcome: Outcome | None) -> int:
 
 
 def in_another_batch(limit: int, request: Request, failure: Failure, failed: int) -> bool:
-    """Whether a request that has failed in so many batches goes into one more; what stopped a run is mended by now."""
+    """Whether a request that has failed in so many batches goes into one more; what stopped a run is mended by now.
+
+    One that asked for several answers and was refused for it goes once more, each draw by itself.
+    """
     action = ACTIONS[failure.reason]
+    if action == "adapt":
+        return request.n > 1 and failed == 1
     return action == "stop" or (failed < tries(limit, failure) and (action == "wait" or again(request, failure)))

@@ -411,6 +411,29 @@ def test_fewer_answers_than_n_are_kept_and_the_rest_is_asked(tmp_path: Path, ser
     assert len(journal(tmp_path, "SELECT key FROM answer")) == 10
 
 
+@pytest.mark.parametrize("never", [False, True])
+def test_where_n_is_refused_in_a_batch_each_draw_goes_by_itself(
+    tmp_path: Path, server: BatchServer, never: bool
+) -> None:
+    def outcome(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
+        no = {"error": {"message": "n must be 1", "param": "n", "code": "unsupported_value"}}
+        refused = [never or line["body"].get("n", 1) > 1 for line in lines]
+        return (
+            "completed",
+            [answered(line, no, 400) if r else answered(line) for line, r in zip(lines, refused, strict=True)],
+            [],
+        )
+
+    server.outcome = outcome
+    write(tmp_path, server)
+    assert [factory(tmp_path), factory(tmp_path)] == [LEFT, LEFT]
+    assert factory(tmp_path) == (3 if never else DONE)
+    assert [[line["body"].get("n", 1) for line in lines] for lines in server.uploads] == [[2] * 5, [1] * 10]
+    assert len(journal(tmp_path, "SELECT key FROM answer WHERE finish = 'stop'")) == (0 if never else 10)
+    assert factory(tmp_path) == (3 if never else DONE)
+    assert server.calls["submit"] == 2
+
+
 def test_a_doomed_batch_run_stops_before_it_submits_more(tmp_path: Path, server: BatchServer) -> None:
     def outcome(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
         kinds = ["context_overflow"] * 20 + ["server_error"] * 5

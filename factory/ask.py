@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import tenacity
@@ -200,6 +201,7 @@ class _Round:
         self._one_by_one = False  # the server refused n
         self._holding = 0
         self._settled = asyncio.Event()
+        self._numbers = count()
 
     def reuse(self, draws: int) -> None:
         self.tally.reused += draws
@@ -294,17 +296,15 @@ class _Round:
             retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
-        try:
-            outcome: Outcome = await retrying(self._attempt, request)
-        finally:
-            self.pace.forget(id(request))
+        outcome: Outcome = await retrying(self._attempt, request, number := next(self._numbers))
+        self.pace.forget(number)
         error = ending(outcome, self.pace.answered) if isinstance(outcome, Failure) else None
         if isinstance(outcome, Failure) and error is not None:
             advice = WHAT_TO_DO.get(outcome.reason, "mend that, then run again")
             raise error(f"models.{self.model.name}: {outcome.detail}; {advice}; stored answers are kept")
         return outcome
 
-    async def _attempt(self, request: Request) -> Outcome:
+    async def _attempt(self, request: Request, number: int) -> Outcome:
         """Send once. What is not the request's own fault, a busy server or an outage, uses no attempt up."""
         waiting_since = time.monotonic()
         while True:
@@ -326,7 +326,7 @@ class _Round:
                 if time.monotonic() - waiting_since > MAX_WAIT_S:
                     return outcome
             elif outcome.reason in OUTAGE:
-                if not self.pace.fails(id(request), outcome.detail, outcome.reason in MAYBE_OWN):
+                if not self.pace.fails(number, outcome.detail, outcome.reason in MAYBE_OWN):
                     return outcome
             else:
                 self.pace.works(sent_at)

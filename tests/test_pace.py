@@ -189,6 +189,24 @@ async def test_a_few_requests_that_the_server_cannot_answer_are_no_outage(tmp_pa
     assert failed == ["server_error", "server_error"]
 
 
+async def test_an_outage_behind_two_workers_is_seen_after_a_few_requests(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server that fails at everything cannot be told from two bad prompts, but from ten it can."""
+    began = 0.0
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        nonlocal began
+        began = began or time.monotonic()
+        return error(500, "oops") if time.monotonic() - began < 8 else None
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(max_attempts=2, max_concurrency=2))
+        _, answers = await ask(tmp_path, model, asks(model, questions(60)))
+    assert "nothing succeeds any more (HTTP 500: oops)" in capfd.readouterr().err
+    assert sum(isinstance(draws[0], Failure) for draws in answers) <= 10
+
+
 async def test_requests_that_fail_among_answers_are_no_outage_however_many(tmp_path: Path) -> None:
     """A tenth of them, so at the end many in a row: each has failed while others were answered."""
     poison = [prompt.text for prompt in questions(190)[::10]]

@@ -174,7 +174,7 @@ def test_a_killed_factory_leaves_no_server_and_other_teachers_take_its_place(
     assert attempts(runs) - 80 <= 2 + manifest["failed"]  # two were in flight at the kill; an empty answer is no draw
     assert not list((runs / "servers").glob("*.running"))
 
-    small = ("--set", "stages.0.generate.n=1", "--set", "stages.0.generate.max_tokens=8")
+    small = ("--set", "stages.0.generate.n=1", "--set", "stages.0.generate.max_tokens=8", "--max-failed", "1")
     for name, entry in {
         "transformers": {"type": "transformers", "model": str(tiny)},
         "openai": {"type": "openai", "model": running.model, "base_url": running.url},

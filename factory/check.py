@@ -45,9 +45,7 @@ def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fet
     recipe, found = draft.recipe, warnings(draft.recipe)
     problems: list[Problem] = []
     lists: list[PromptList] = []
-    for i, knobs in enumerate(recipe.prompts):
-        if ("prompts",) in draft.lost:
-            break
+    for i, knobs in enumerate(() if ("prompts",) in draft.lost else recipe.prompts):
         if not fetch and is_hub_id(knobs.path, find):
             found.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
             continue

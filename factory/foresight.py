@@ -12,7 +12,6 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
-from factory.filters.duplicates import Duplicates
 from factory.filters.reference import MatchesReference
 from factory.generate import Generate, Given
 from factory.judge import Judge
@@ -20,7 +19,7 @@ from factory.mistakes import nearest
 from factory.pair import PairUp
 from factory.plan import Step
 from factory.prompts import PromptLists
-from factory.recipe import Recipe
+from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
 from factory.teachers.reference import Reference
@@ -57,7 +56,7 @@ def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> I
 
 
 def _path(recipe: Recipe, step: Step) -> Path_:
-    at = next((i for i, stage in enumerate(recipe.stages) if stage is step.knobs), None)
+    at = recipe.place_of(step.knobs)
     return () if at is None else ("stages", at, step.knobs.kind)
 
 
@@ -94,6 +93,9 @@ def _score_name(knobs: Judge) -> str | None:
 def _of_step(
     recipe: Recipe, step: Step, before: _Flow, steps: list[Step], prompts: PromptLists | None
 ) -> Iterator[Finding]:
+    for at, name in scores_named(step.knobs):
+        if before.scores is not None and name not in before.scores:
+            yield Finding(at, f"nothing before it gives the score {name!r}; {nearest(name, before.scores)}")
     match step.knobs:
         case Generate() as knobs:
             sets = before.sets.union(step.sets)
@@ -106,12 +108,8 @@ def _of_step(
                 yield Finding(("prompts",), text)
         case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
             yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
-        case Choose(by=str(by)) if by != "closest_to_reference":
-            yield from _scored(("by",), by, before)
         case Curate() as knobs:
             for i, one in enumerate(knobs.filters):
-                if isinstance(one, Duplicates) and one.by is not None:
-                    yield from _scored((i, one.kind, "by"), one.by, before)
                 if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
                     text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
                     yield Finding((i,), text, fatal=False)
@@ -124,18 +122,13 @@ def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
         yield Finding(
             (), "a pair needs two answers to a prompt, and at most one gets here; ask several models, or raise n"
         )
-    judged = sorted((before.scores or frozenset()) - {"logprob"})
-    if knobs.score is not None:
-        yield from _scored(("score",), knobs.score, before)
-    elif before.scores is not None and not judged:
+    if knobs.score is not None or before.scores is None:
+        return
+    judged = sorted(before.scores - {"logprob"})
+    if not judged:
         yield Finding((), "nothing before it scores the answers; put a `judge` stage there, or say `score: logprob`")
     elif len(judged) > 1:
         yield Finding((), f"the answers have several scores ({', '.join(judged)}); name one: pair: {{score: ...}}")
-
-
-def _scored(at: Path_, name: str, before: _Flow) -> Iterator[Finding]:
-    if before.scores is not None and name not in before.scores:
-        yield Finding(at, f"nothing before it gives the score {name!r}; {nearest(name, before.scores)}")
 
 
 def _any_brings(what: str, sets: Iterable[str], prompts: PromptLists | None) -> bool:

@@ -76,9 +76,14 @@ def _distinct(requests: Iterable[Request]) -> Iterator[Request]:
         yield from {(request.messages[-1]["content"], request.seed): request for request in of_prompt}.values()
 
 
+def _score(rubric: Rubric, verdict: Choice) -> float | None:
+    """The score that a verdict gives; one that was cut off gives none."""
+    return read_score(rubric, verdict.text) if verdict.finish == "stop" else None
+
+
 def _flaw(knobs: Judge, rubric: Rubric, verdict: Choice) -> str | None:
     """Why a verdict has no score and what to do, for people; asking again is no help, the same would come from the journal."""
-    if verdict.finish == "stop" and read_score(rubric, verdict.text) is not None:
+    if _score(rubric, verdict) is not None:
         return None
     said = " ".join(verdict.text.split())
     if len(said) > QUOTED:  # how it ends tells more often what is wrong
@@ -93,10 +98,10 @@ def _flaw(knobs: Judge, rubric: Rubric, verdict: Choice) -> str | None:
 def _scored(sample: Sample, name: str, rubric: Rubric, outcome: Choice | Failure) -> Sample:
     if isinstance(outcome, Failure):
         reason, evidence = f"judge_{outcome.reason}", outcome.detail
+    elif (score := _score(rubric, outcome)) is not None:
+        return sample.scored(**{name: score})
     elif outcome.finish != "stop":
         reason, evidence = TRUNCATED, outcome.text[-500:]
-    elif (score := read_score(rubric, outcome.text)) is not None:
-        return sample.scored(**{name: score})
     else:
         reason, evidence = UNREADABLE, outcome.text
     return sample.judged(Verdict(filter="judge", keep=None, reason=reason, evidence=evidence[:500]))

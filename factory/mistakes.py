@@ -16,7 +16,7 @@ import pydantic
 
 from factory.errors import RecipeError
 from factory.knobs import Knobs
-from factory.yamlfile import Path_, Place, place
+from factory.yamlfile import Path_, Place, place, written
 
 Record = TypeVar("Record", bound=Knobs)
 
@@ -142,8 +142,7 @@ def refusal(
 ) -> RecipeError:
     """The same as an error, with file and line, for a smaller file that is read as a whole or not at all."""
     problems = explained(error, data, record)
-    placed = [(*place(places, at, name), text) for at, text in problems]
-    return RecipeError("\n".join(f"{file}:{line}: {text}" for file, line, text in placed))
+    return RecipeError("\n".join(f"{written(place(places, at, name))}: {text}" for at, text in problems))
 
 
 def _told(error: Any, data: Any, record: type[Knobs]) -> str:

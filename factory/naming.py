@@ -89,7 +89,8 @@ class Naming:
     def accepting(self, step: Step) -> list[Curate]:
         """The `filter` stages right behind a `generate`: what an accepted answer is."""
         stages = self.recipe.stages
-        at = next(i for i, stage in enumerate(stages) if stage is step.knobs)
+        at = self.recipe.place_of(step.knobs)
+        assert at is not None, "a generate stage is always written"
         return list(takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :]))
 
     def _also_read(self, step: Step) -> Iterator[Stage]:

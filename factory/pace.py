@@ -67,7 +67,7 @@ class Pace:
         self._failed_in_a_row = 0
         self._failing: set[int] = set()
         self._answers = 0
-        self._first_failed: dict[int, int] = {}
+        self._fine_until: dict[int, int] = {}
         self._why = ""
         self._down_since: float | None = None
         self._gap = GAPS_S[0]
@@ -112,7 +112,7 @@ class Pace:
         if self._down_since is not None:
             say(f"models.{self.name}: answers again after {time.monotonic() - self._down_since:.0f} s")
             self._down_since, self._gap = None, GAPS_S[0]
-            self._first_failed.clear()
+            self._fine_until.clear()
         self._no_longer_busy(sent_at)
         if tokens is not None:
             self.answered, self._unsaid = True, GAPS_S[0] / 2
@@ -194,7 +194,7 @@ class Pace:
         `own`: it may be the fault of this request alone. It is, where more have been answered since it failed first than
         were on their way then; and a few that fail like this, with nothing else left to ask, are no outage either.
         """
-        fine_until = self._first_failed.setdefault(request, self._answers + self.in_flight)
+        fine_until = self._fine_until.setdefault(request, self._answers + self.in_flight)
         if own and not self.down and self._answers > fine_until:
             return False
         self._failed_in_a_row += 1
@@ -208,7 +208,7 @@ class Pace:
 
     def forget(self, request: int) -> None:
         """This request is at its end."""
-        self._first_failed.pop(request, None)
+        self._fine_until.pop(request, None)
 
     async def line_up(self) -> None:
         """During an outage: wait in line for the turn to try. OutageError when it lasts too long."""

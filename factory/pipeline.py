@@ -102,8 +102,7 @@ class Work:
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
         self.rows: dict[str, dict[str, int]] = {}
-        students = [stage.student for stage in recipe.stages if isinstance(stage, Train)]
-        self.models = Models(recipe.models, next(iter(students), None), runs)
+        self.models = Models(recipe.models, recipe.first_student(), runs)
         self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
         if retry_failed:

@@ -65,9 +65,9 @@ def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
     last: type[Stage] = Evaluate if until == "eval" else Train
     ends = [i for i, stage in enumerate(stages) if isinstance(stage, last)]
     if until in ("train", "eval") and not ends:
-        what = "an evaluate" if until == "eval" else "a train"
+        article, kind = ("an", "evaluate") if until == "eval" else ("a", "train")
         raise RecipeError(
-            f"{recipe.name} has no {what.split()[1]} stage; put {what} stage into it, or use `factory build`"
+            f"{recipe.name} has no {kind} stage; put {article} {kind} stage into it, or use `factory build`"
         )
     if until == "run" or not ends:
         return stages

@@ -21,7 +21,7 @@ from factory.knobs import Knobs, one_key
 from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
-from factory.recipe_file import Source, read, written
+from factory.recipe_file import Source, read
 from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
@@ -30,7 +30,7 @@ from factory.teachers.transformers import Transformers
 from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path, lacking_packages
-from factory.yamlfile import Path_
+from factory.yamlfile import Path_, written
 
 Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
 StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
@@ -58,6 +58,14 @@ class Recipe(Knobs):
         """How students see a prompt: by the last `shape`, or erased to the plain prompt."""
         shapes = [stage for stage in self.stages if isinstance(stage, Shape)]
         return shapes[-1] if shapes else Shape()
+
+    def first_student(self) -> str | None:
+        """The model that the first student starts from: its tokenizer is the one whose tokens count."""
+        return next((stage.student for stage in self.stages if isinstance(stage, Train)), None)
+
+    def place_of(self, knobs: Knobs) -> int | None:
+        """Where a stage stands; None for one that goes without saying."""
+        return next((i for i, stage in enumerate(self.stages) if stage is knobs), None)
 
     def taught(self, teacher: str | None) -> Generate | None:
         """The first `generate` that names a teacher: it is measured as it was asked there."""
@@ -109,7 +117,7 @@ def draft(path: Path, overrides: Iterable[str] = ()) -> Draft:
     """The same, with the problems for later: what is left of the recipe can be looked at further."""
     source = read(path, overrides)
     left = salvage(Recipe, source.data)
-    made = Draft(source, left.recipe, left.problems, left.positions, left.lost)
+    made = Draft(source, *left)
     if left.recipe is not None:
         made.problems.extend((made.at(at), text) for at, text in _cross_check(left.recipe, made))
     return made
@@ -174,22 +182,15 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
 
 def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator[Problem]:
     """What stage `i` cannot do in this recipe; paths start below the stage."""
+    for at, score in scores_named(stage):
+        if score == "logprob" and (silent := _tells_no_logprob(recipe, i)):
+            yield at, f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
     match stage:
         case Generate(until=until) if until and not (made.lacks("stages") or _next_is_filter(recipe, i)):
             yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
-        case Choose(by="logprob") | PairUp(score="logprob") if silent := _tells_no_logprob(recipe, i):
-            text = f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
-            yield ("by" if isinstance(stage, Choose) else "score",), text
         case Curate():
-            silent = _tells_no_logprob(recipe, i)
-            for k, one in enumerate(stage.filters):
-                if isinstance(one, Duplicates) and one.by == "logprob" and silent:
-                    yield (
-                        (k,),
-                        f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above",
-                    )
-                if isinstance(one, Tokens) and (why := _no_tokenizer(recipe, one)):
-                    yield (k,), why
+            tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
+            yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
             if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
@@ -203,6 +204,18 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                 s.held_out for s in recipe.prompts if not named or s.title in named
             ):
                 yield (), "no prompts are held out to be asked; set `held_out:` on a prompt list"
+
+
+def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
+    """The scores that a stage goes by, with the places (below the stage) where it names them."""
+    match stage:
+        case Choose(by=str(by)) if by != "closest_to_reference":
+            yield ("by",), by
+        case PairUp(score=str(score)):
+            yield ("score",), score
+        case Curate():
+            ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
+            yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)
 
 
 def _names_lost(made: Draft) -> set[str]:
@@ -224,8 +237,7 @@ def _names_lost(made: Draft) -> set[str]:
 
 def _no_tokenizer(recipe: Recipe, counting: Tokens) -> str | None:
     """Why a `tokens` filter has nothing to count with."""
-    first = next((stage.student for stage in recipe.stages if isinstance(stage, Train)), None)
-    name = counting.model or first
+    name = counting.model or recipe.first_student()
     if name is None:
         return "tokens: the recipe trains no student; name a local model with `model:`"
     if name in recipe.models and not isinstance(recipe.models[name], Weights):

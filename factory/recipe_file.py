@@ -56,12 +56,6 @@ def shipped() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent
 
 
-def written(place: Place) -> str:
-    """`file:line`, or `--set KEY`."""
-    file, line = place
-    return f"{file}:{line}" if line else file
-
-
 def _with_parents(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Any, dict[Path_, Place]]:
     """A file merged over the one it `extends`: maps merge, lists and whole models are replaced."""
     if path.resolve() in seen:
@@ -74,7 +68,7 @@ def _with_parents(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Any, dict[Pa
     try:
         there = beside if beside.exists() else find(parent_name)
     except RecipeError as e:
-        raise RecipeError(f"{written(places['extends',])}: extends: {e}") from None
+        raise RecipeError(f"{yamlfile.written(places['extends',])}: extends: {e}") from None
     parent, parent_places = _with_parents(there, (*seen, path.resolve()))
     return _merge(parent, data, (), parent_places, places), parent_places
 

@@ -66,6 +66,12 @@ def place(places: dict[Path_, Place], at: Path_, name: str) -> Place:
     return places.get(at, (name, 1))
 
 
+def written(where: Place) -> str:
+    """`file:line`; what is no file has the line 0."""
+    file, line = where
+    return f"{file}:{line}" if line else file
+
+
 class _Builder:
     def __init__(self, name: str) -> None:
         self.name = name

@@ -15,7 +15,7 @@ from factory.errors import OutageError, TooManyFailures
 from factory.rows import Choice, Failure
 from factory.teachers.entry import Limits
 from factory.teachers.vllm import Vllm
-from tests.server import chat, error, serving
+from tests.server import Script, chat, error, serving
 from tests.test_ask import ask, asks, model_at, questions
 
 
@@ -174,15 +174,21 @@ async def test_the_end_of_an_outage_comes_with_its_patience_and_says_how_long_it
         await ask(tmp_path, model, asks(model, questions(40)))
 
 
+def failing_at(questions: list[str]) -> Script:
+    """A server that fails at these questions, whenever they are asked."""
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        return error(500, "oops") if body["messages"][-1]["content"] in questions else None
+
+    return script
+
+
 @pytest.mark.parametrize("count", [20, 2])
 async def test_a_few_requests_that_the_server_cannot_answer_are_no_outage(tmp_path: Path, count: int) -> None:
     """Not after all others are answered, nor in a process that has only those left to ask."""
     poison = [prompt.text for prompt in questions(count)[-2:]]
 
-    async def script(body: dict, before: int) -> web.StreamResponse | None:
-        return error(500, "oops") if body["messages"][-1]["content"] in poison else None
-
-    async with serving(script) as server:
+    async with serving(failing_at(poison)) as server:
         model = model_at(server.url, limits=limits(max_attempts=6))
         _, answers = await asyncio.wait_for(ask(tmp_path, model, asks(model, questions(count))), 60)
     failed = [draws[0].reason for draws in answers if isinstance(draws[0], Failure)]
@@ -211,10 +217,7 @@ async def test_requests_that_fail_among_answers_are_no_outage_however_many(tmp_p
     """A tenth of them, so at the end many in a row: each has failed while others were answered."""
     poison = [prompt.text for prompt in questions(190)[::10]]
 
-    async def script(body: dict, before: int) -> web.StreamResponse | None:
-        return error(500, "oops") if body["messages"][-1]["content"] in poison else None
-
-    async with serving(script) as server:
+    async with serving(failing_at(poison)) as server:
         model = model_at(server.url, limits=limits(max_attempts=4))
         _, answers = await asyncio.wait_for(ask(tmp_path, model, asks(model, questions(190))), 60)
     assert sum(isinstance(draws[0], Failure) for draws in answers) == 19

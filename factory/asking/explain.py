@@ -51,8 +51,8 @@ class Explain(Knobs):
         ids = [explanation.id for explanation in found]
         for i, id_ in enumerate(ids):
             if id_ in ids[:i]:
-                file, line = yamlfile.place(places, (i, "id"), str(path))
-                raise RecipeError(f"{file}:{line}: the id {id_!r} appears twice")
+                where = yamlfile.written(yamlfile.place(places, (i, "id"), str(path)))
+                raise RecipeError(f"{where}: the id {id_!r} appears twice")
         if not any(explanation.weight for explanation in found if not explanation.only):
             raise RecipeError(f"{path}:1: no message with a weight above 0 is for every prompt")
         return ExplainAsker(found)

@@ -19,7 +19,7 @@ from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
 from factory.retry import again, tries
-from factory.rows import Choice, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
+from factory.rows import FREE, Choice, Cost, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
 from factory.signals import Interrupted, draining
 from factory.stored import Skip, lacking_parts, lookup, part, pick, read, whole
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
@@ -102,6 +102,10 @@ class Tally:
     unreadable: int = 0
     flaw: str = ""
 
+    def spend(self, cost: Cost | None) -> None:
+        if cost is not None:
+            self.usage, self.usd = self.usage.plus(cost.usage), self.usd + cost.usd
+
 
 class Desk:
     """Asks what the journal does not hold yet, and reads answers back in the order of the requests.
@@ -180,12 +184,12 @@ class Desk:
         for attempt, body, batched in self.journal.unread(model.identity):
             request = Request(identity=model.identity, messages=[], sampling=Sampling(), n=10_000)
             outcome = model.teacher.read(request, body)
+            entry = model.entry.in_batch() if batched else model.entry
             if isinstance(outcome, Reply):
                 ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
-                usd = _usd(model.entry, outcome.usage, batched)
-                self.journal.file(attempt, ends, outcome.usage, usd).result()
+                self.journal.file(attempt, ends, entry.cost(outcome)).result()
             else:
-                await self.journal.fail(attempt, outcome, billed=True)
+                await self.journal.fail(attempt, outcome, entry.cost(outcome))
 
 
 class _Round:
@@ -363,25 +367,20 @@ class _Round:
         self.tally.sent += 1
         answer = await model.teacher.send(request)
         if isinstance(answer, Failure):
-            billed = answer.reason in MAYBE_BILLED
-            if not billed:
-                desk.wall.settle(hold, Usage(), Decimal(0))
-            await desk.journal.fail(attempt, answer, billed)
+            cost = None if answer.reason in MAYBE_BILLED else FREE
+            desk.wall.settle(hold, cost)
+            await desk.journal.fail(attempt, answer, cost)
             return answer
         await desk.journal.store(attempt, answer)
         outcome = model.teacher.read(whole(request), answer)
+        cost = entry.cost(outcome)
+        desk.wall.settle(hold, cost)
+        self.tally.spend(cost)
         if isinstance(outcome, Failure):
             ended = RULES[outcome.reason].billed and ACTIONS[outcome.reason] != "stop" and not again(request, outcome)
-            await desk.journal.fail(attempt, outcome, True, endings(outcome, request.n) if ended else ())
-            return outcome
-        usage = outcome.usage
-        if entry.billed and not outcome.counted:  # nobody knows what it cost: the worst case
-            usage = Usage(prompt_tokens=hold.prompt_tokens, completion_tokens=hold.completion_tokens)
-        usd = entry.price.usd(usage) if entry.price else Decimal(0)
-        desk.journal.file(attempt, endings(outcome, len(outcome.choices) + len(outcome.failed)), usage, str(usd))
-        desk.wall.settle(hold, usage, usd)
-        self.tally.usage = self.tally.usage.plus(usage)
-        self.tally.usd += usd
+            await desk.journal.fail(attempt, outcome, cost, endings(outcome, request.n) if ended else ())
+        else:
+            desk.journal.file(attempt, endings(outcome, len(outcome.choices) + len(outcome.failed)), cost)
         return outcome
 
 
@@ -393,8 +392,3 @@ def _enough(limit: int, failed: Counter[str], state: tenacity.RetryCallState) ->
         if failed[outcome.reason] >= tries(limit, outcome):
             return True
     return state.attempt_number >= limit
-
-
-def _usd(entry: Entry, usage: Usage, batched: bool) -> str:
-    price = entry.price.in_batch() if entry.price and batched else entry.price
-    return str(price.usd(usage) if price else 0)

@@ -27,7 +27,7 @@ from factory.errors import BudgetError, FactoryError, IdentityError, OutageError
 from factory.journal import Journal, answer_keys, attempt_row
 from factory.progress import say
 from factory.retry import in_another_batch
-from factory.rows import Failure, Reply, Request, Sampling, Usage, endings
+from factory.rows import FREE, Cost, Failure, Request, Sampling, Usage, endings
 from factory.stored import part
 from factory.teachers import BatchEndpoint, Teacher
 from factory.teachers.entry import Entry
@@ -62,8 +62,7 @@ class Batches:
     ) -> None:
         self.journal, self.wall, self.run, self.endpoint, self.wait = journal, wall, run, endpoint, wait
         self.model, self.identity, self.where = model, model.identity, f"models.{model.name}"
-        price = model.entry.price
-        self.entry = model.entry.model_copy(update={"price": price.in_batch()}) if price else model.entry
+        self.entry = model.entry.in_batch()
         self.folder = journal.path.with_suffix(".batches")
         self.sent, self.draws, self.usage, self.usd = 0, 0, Usage(), Decimal(0)
         self.failures: dict[str, Failure] = {}
@@ -205,38 +204,31 @@ class Batches:
         self.sent += 1
         if not line.keys:  # purged meanwhile: what it cost is all that may be kept
             answer = Failure(reason="not_answered", detail="forgotten")
-            await self.journal.fail(line.attempt, answer, billed=True)
+            await self.journal.fail(line.attempt, answer, None)
             return None
         if isinstance(answer, Failure):
-            billed = answer.reason in MAYBE_BILLED
-            if not billed:
-                self._release(batch, line.hold, Usage(), Decimal(0))
-            await self.journal.fail(line.attempt, answer, billed)
+            cost = None if answer.reason in MAYBE_BILLED else FREE
+            self._release(batch, line.hold, cost)
+            await self.journal.fail(line.attempt, answer, cost)
             return answer
         await self.journal.store(line.attempt, answer)
         whole = Request(identity=batch.identity, messages=[], sampling=Sampling(), n=10_000)
         outcome = self.model.teacher.read(whole, answer)
+        cost = self.entry.cost(outcome)
+        self._release(batch, line.hold, cost)
         if isinstance(outcome, Failure):
-            await self.journal.fail(line.attempt, outcome, billed=True)
+            await self.journal.fail(line.attempt, outcome, cost)
             return outcome
-        await self._keep(batch, line, outcome)
+        ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
+        await asyncio.wrap_future(self.journal.file(line.attempt, ends, cost))
+        self.draws += min(len(ends), len(line.keys.split()))
         return None
 
-    async def _keep(self, batch: Batch, line: Line, reply: Reply) -> None:
-        usage = reply.usage
-        if not reply.counted:  # nobody knows what it cost: the worst case
-            usage = Usage(prompt_tokens=line.hold.prompt_tokens, completion_tokens=line.hold.completion_tokens)
-        usd = self.entry.price.usd(usage) if self.entry.price else Decimal(0)
-        ends = endings(reply, len(reply.choices) + len(reply.failed))
-        await asyncio.wrap_future(self.journal.file(line.attempt, ends, usage, str(usd)))
-        self._release(batch, line.hold, usage, usd)
-        self.draws += min(len(ends), len(line.keys.split()))
-        self.usage = self.usage.plus(usage)
-        self.usd += usd
-
-    def _release(self, batch: Batch, hold: Hold, usage: Usage, usd: Decimal) -> None:
+    def _release(self, batch: Batch, hold: Hold, cost: Cost | None) -> None:
         if batch.run == self.run:  # the batch of another run is under another wall
-            self.wall.settle(hold, usage, usd)
+            self.wall.settle(hold, cost)
+        if cost is not None:
+            self.usage, self.usd = self.usage.plus(cost.usage), self.usd + cost.usd
 
     # -- submitting ----------------------------------------------------------------------------------------------------
 

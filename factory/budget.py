@@ -9,7 +9,7 @@ from pydantic import Field
 from factory.errors import BudgetError, RecipeError
 from factory.journal import Spent
 from factory.knobs import Knobs
-from factory.rows import Request, Usage, encode
+from factory.rows import FREE, Cost, Request, encode
 from factory.teachers.entry import Entry, Price
 
 
@@ -75,14 +75,16 @@ class Wall:
         self.usd += hold.usd
         return hold
 
-    def settle(self, hold: Hold, usage: Usage, usd: Decimal) -> None:
-        """Replace the worst case by what it cost."""
-        self.tokens += usage.prompt_tokens + usage.completion_tokens - hold.prompt_tokens - hold.completion_tokens
-        self.usd += usd - hold.usd
+    def settle(self, hold: Hold, cost: Cost | None) -> None:
+        """Replace the worst case by what it cost; where nobody knows (None) it stays."""
+        if cost is not None:
+            used = cost.usage.prompt_tokens + cost.usage.completion_tokens
+            self.tokens += used - hold.prompt_tokens - hold.completion_tokens
+            self.usd += cost.usd - hold.usd
 
     def withdraw(self, hold: Hold) -> None:
         """Forget a request that was never sent."""
-        self.settle(hold, Usage(), Decimal(0))
+        self.settle(hold, FREE)
         self.requests -= 1
 
     def _now(self, name: str, hours: float) -> str:

@@ -176,7 +176,7 @@ def samples(prompt: Prompt, request: Request, model: str, outcomes: Iterable[Cho
         else:
             yield Sample(
                 response=outcome.text, finish=outcome.finish, reasoning=outcome.reasoning, logprob=outcome.logprob,
-                tokens=outcome.tokens, **common,  # type: ignore[arg-type]
+                tokens=outcome.tokens, served=outcome.served, **common,  # type: ignore[arg-type]
             )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from factory.errors import DiskError, JournalError, LockedError, VersionError, disk_error
-from factory.rows import TRUNCATED, Failure, Reason, Request, Usage, digest
+from factory.rows import TRUNCATED, Cost, Failure, Reason, Request, digest
 
 VERSION = 1
 COMPRESS_OVER_BYTES = 4096
@@ -114,6 +114,15 @@ def _file(db: sqlite3.Connection, attempt: int, ends: Sequence[tuple[str, int | 
             for i, (key, (finish, tokens)) in enumerate(zip(keys.split(), ends, strict=False))
         ],
     )
+
+
+def _settle(db: sqlite3.Connection, attempt: int, cost: Cost | None) -> None:
+    """Replace what was reserved for an attempt by what it cost; where nobody knows (None) it stands."""
+    if cost is not None:
+        db.execute(
+            "UPDATE attempt SET prompt_tokens=?, completion_tokens=?, seconds=?, usd=? WHERE id=?",
+            (cost.usage.prompt_tokens, cost.usage.completion_tokens, cost.usage.seconds, str(cost.usd), attempt),
+        )
 
 
 class Stored(NamedTuple):
@@ -255,33 +264,29 @@ class Journal:
         row = (time.time(), pack(body), attempt)
         await asyncio.wrap_future(self.write(lambda db: db.execute(sql, row)))
 
-    def file(self, attempt: int, ends: list[tuple[str, int | None]], usage: Usage, usd: str) -> Future[Any]:
+    def file(self, attempt: int, ends: list[tuple[str, int | None]], cost: Cost | None) -> Future[Any]:
         """File how a body's draws ended (see `rows.endings`) under the attempt's keys, and settle what it cost."""
 
         def act(db: sqlite3.Connection) -> None:
             _file(db, attempt, ends)
-            db.execute(
-                "UPDATE attempt SET status='read', prompt_tokens=?, completion_tokens=?, seconds=?, usd=? WHERE id=?",
-                (usage.prompt_tokens, usage.completion_tokens, usage.seconds, usd, attempt),
-            )
+            db.execute("UPDATE attempt SET status='read' WHERE id=?", [attempt])
+            _settle(db, attempt, cost)
 
         return self.write(act)
 
     async def fail(
-        self, attempt: int, failure: Failure, billed: bool, ends: Sequence[tuple[str, int | None]] = ()
+        self, attempt: int, failure: Failure, cost: Cost | None, ends: Sequence[tuple[str, int | None]] = ()
     ) -> None:
-        """Note why an attempt brought no answer; one that cannot have been billed releases its reservation.
+        """Note why an attempt brought no answer, and what it cost (None: nobody knows).
 
         `ends` of a body that is paid for and will not get better: its draws are not asked again.
         """
-        sql = "UPDATE attempt SET status='failed', ended=?, reason=?, detail=?"
-        if not billed:
-            sql += ", prompt_tokens=0, completion_tokens=0, usd='0'"
         row = (time.time(), failure.reason, failure.detail, attempt)
 
         def act(db: sqlite3.Connection) -> None:
             _file(db, attempt, ends)
-            db.execute(sql + " WHERE id=?", row)
+            db.execute("UPDATE attempt SET status='failed', ended=?, reason=?, detail=? WHERE id=?", row)
+            _settle(db, attempt, cost)
 
         await asyncio.wrap_future(self.write(act))
 

@@ -23,6 +23,7 @@ from factory.ask import Desk, Lost, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
 from factory.choose import Choose, choose
+from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
@@ -262,12 +263,17 @@ class Work:
         else:
             prompts = spooled(self._prompts(step))
 
+        cohorts = Cohorts()
+
         async def collect() -> None:
             async for sample in teaching.samples(prompts):
+                cohorts.hear(sample)
                 out.put(sample)
 
         asyncio.run(collect())
-        facts |= _cost(teaching.tallies)
+        facts |= _cost(teaching.tallies) | cohorts.facts()
+        for line in facts["warnings"]:
+            say(f"  warning: {line}")
         return teaching.planned
 
     def _judge(self, knobs: Judge, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:

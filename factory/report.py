@@ -100,6 +100,7 @@ def _cost(manifest: dict[str, Any]) -> dict[str, Any]:
         "requests": manifest.get("requests", {"sent": 0, "reused": 0}),
         "tokens": manifest.get("tokens", {"prompt": 0, "completion": 0}),
         "usd": manifest.get("usd", "0"),
+        "served": manifest.get("served", {}),
     }
 
 

@@ -6,8 +6,9 @@ People never write these by hand: what people write (recipes) is pydantic, see `
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from itertools import chain
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 
@@ -111,18 +112,32 @@ class Usage(Row, frozen=True):
         return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
 
+class Cost(NamedTuple):
+    """What an attempt turned out to cost; until that is known, what was reserved for it counts."""
+
+    usage: Usage = Usage()
+    usd: Decimal = Decimal(0)
+
+
+FREE = Cost()
+
+
 TRUNCATED = frozenset({"length", "unknown"})
 """How an answer ends that a larger limit may make whole; `unknown`: the server did not say how it ended."""
 
 
 class Choice(Row, frozen=True):
-    """One answer. `finish` is the server's own word: only `stop` means that the model ended by itself."""
+    """One answer. `finish` is the server's own word: only `stop` means that the model ended by itself.
+
+    `served` is which version of the model the server says it is from: "name system_fingerprint".
+    """
 
     text: str
     finish: str
     reasoning: str | None = None
     logprob: float | None = None
     tokens: int | None = None
+    served: str = ""
 
 
 class Reply(Row, frozen=True):
@@ -151,12 +166,16 @@ Reason = Literal[
 
 
 class Failure(Row, frozen=True):
-    """A request that ended without an answer; `reason` is from a closed vocabulary, `detail` is for people."""
+    """A request that ended without an answer; `reason` is from a closed vocabulary, `detail` is for people.
+
+    `usage` is what the server counted for a body that is no answer, where it told.
+    """
 
     reason: Reason
     detail: str = ""
     status: int | None = None
     retry_after: float | None = None
+    usage: Usage | None = None
 
 
 Outcome = Reply | Failure
@@ -212,6 +231,7 @@ class Sample(Row, frozen=True):
     reasoning: str | None = None
     logprob: float | None = None
     tokens: int | None = None
+    served: str = ""
     scores: dict[str, float] = {}
     verdicts: list[Verdict] = []
     parents: list[str] = []

@@ -247,6 +247,27 @@ async def test_a_budget_that_fits_the_work_is_enough(tmp_path: Path) -> None:
     assert tally.sent == 40
 
 
+@pytest.mark.parametrize("counted", [True, False])
+async def test_an_answer_that_is_none_costs_what_the_server_counted_or_else_the_worst_case(
+    tmp_path: Path, counted: bool
+) -> None:
+    async def script(body: dict, before: int) -> dict:
+        filtered = chat(body, finish="content_filter")
+        return filtered if counted else {**filtered, "usage": None}
+
+    async with serving(script) as server:
+        model = model_at(server.url, price={"input": 1, "output": 1})
+        requests = asks(model, questions(10), max_tokens=100)
+        worst = len(json.dumps(requests[0].messages, separators=(",", ":"))) + 100
+        each = 15 if counted else worst
+        tally, _ = await ask(tmp_path, model, requests, Budget(tokens=9 * each + worst))
+    assert {failure.reason for failure in tally.failures.values()} == {"filtered_output"}
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        spent = journal.spent("run")
+    assert spent.prompt_tokens + spent.completion_tokens == 10 * each
+    assert spent.usd == pytest.approx(10 * each / 1_000_000)
+
+
 async def test_hours_count_all_starts_together(tmp_path: Path) -> None:
     async with serving(delay_s=0.1) as server:
         model = model_at(server.url, limits={"max_concurrency": 1})

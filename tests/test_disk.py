@@ -13,7 +13,7 @@ import pytest
 
 from factory.errors import DiskError
 from factory.journal import Journal
-from factory.rows import Request, Sampling, Usage
+from factory.rows import FREE, Request, Sampling
 from tests.command import ASKED, QUESTIONS, asked_in_vain, attempts, factory, folder, read_jsonl, recipe, told
 from tests.server import chat, in_thread
 from tests.tiny import tiny_model
@@ -150,7 +150,7 @@ async def test_a_flush_tells_what_the_writes_before_it_could_not_do(tmp_path: Pa
         await journal.store(attempt, b"{}")
         with pytest.raises(OSError, match="No space"):
             (small / "filler").write_bytes(bytes(2 << 20))
-        filed = journal.file(attempt, [("stop", 1)] * 500, Usage(), "0")
+        filed = journal.file(attempt, [("stop", 1)] * 500, FREE)
         assert filed.exception(timeout=10) is not None
         with pytest.raises(DiskError, match="full"):
             await journal.flush()

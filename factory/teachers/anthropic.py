@@ -12,7 +12,7 @@ import msgspec
 from factory.rows import Failure, Outcome, Request
 from factory.teachers.capabilities import ANTHROPIC, Capabilities
 from factory.teachers.entry import BaseUrl, Endpoint, KeyVariable
-from factory.teachers.openai import read_chat, read_completion
+from factory.teachers.openai import read_chat, read_completion, told_usage
 from factory.teachers.rate_limits import RateLimits
 from factory.teachers.strict import strict_json
 from factory.teachers.wire import Wire
@@ -109,7 +109,8 @@ def read_message(body: bytes, model: str | None = None, echoes: list[str] | None
     if isinstance(data, Failure) or not isinstance(data, dict) or data.get("type") != "message":
         return data if isinstance(data, Failure) else read_chat(body, 1, model, echoes)
     if data.get("stop_reason") == "refusal":
-        return Failure(reason="refused", detail=f"the model declined: {data.get('stop_details')}"[:500])
+        detail = f"the model declined: {data.get('stop_details')}"[:500]
+        return Failure(reason="refused", detail=detail, usage=told_usage(as_completion(data)))
     return read_completion(as_completion(data), 1, model, echoes)
 
 

@@ -4,14 +4,14 @@ import ipaddress
 import os
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
 from factory.errors import AuthError
 from factory.knobs import Knobs
-from factory.rows import Usage
+from factory.rows import Cost, Failure, Outcome, Usage
 from factory.teachers.capabilities import LOOKED_UP, Capabilities, of_host, recorded
 
 MILLION = 1_000_000
@@ -68,6 +68,18 @@ class Entry(Knobs):
     limits: Limits = Limits()
     price: Price | None = None
     terms: str | None = None
+
+    def in_batch(self) -> Self:
+        """The same entry at the prices of a batch."""
+        return self.model_copy(update={"price": self.price.in_batch()}) if self.price else self
+
+    def cost(self, outcome: Outcome) -> Cost | None:
+        """What a body cost by the server's own count; None where it told none and somebody will send a bill."""
+        counted = outcome.usage is not None if isinstance(outcome, Failure) else outcome.counted or not self.billed
+        if not counted:
+            return None
+        usage = outcome.usage or Usage()
+        return Cost(usage, self.price.usd(usage) if self.price else Decimal(0))
 
     def abilities(self, runs: Path) -> Capabilities:
         """What this model honours; `generate` plans its requests by it."""

@@ -159,11 +159,13 @@ def read_completion(
     read = [_choice(c, reasoning) for c in choices[:n]]
     failed = [c for c in read if isinstance(c, Failure)]
     good = [c for c in read if isinstance(c, Choice)]
-    if not good:
-        return failed[0]
     usage, counted = _usage(data.get("usage"))
+    if not good:
+        return msgspec.structs.replace(failed[0], usage=usage if counted else None)
     if len(choices) == 1 and good[0].tokens is None:
         good = [msgspec.structs.replace(good[0], tokens=usage.completion_tokens or None)]
+    if served := _served(data, model, echoed):
+        good = [msgspec.structs.replace(choice, served=served) for choice in good]
     return Reply(choices=good, usage=usage, model=echoed, failed=failed, counted=counted)
 
 
@@ -241,6 +243,12 @@ def _logprob(choice: dict[str, Any]) -> float | None:
     return float(total) if isinstance(total, int | float) and math.isfinite(total) else None
 
 
+def told_usage(data: dict[str, Any]) -> Usage | None:
+    """The usage of a body, where it tells one that can be believed."""
+    usage, counted = _usage(data.get("usage"))
+    return usage if counted else None
+
+
 def _usage(told: Any) -> tuple[Usage, bool]:
     """Usage as the server counts it, and whether it can be believed: given, and no less than nothing."""
     told = told if isinstance(told, dict) else {}
@@ -268,6 +276,14 @@ def _count(told: dict[str, Any], *path: str) -> int | None:
 # -- who answered ------------------------------------------------------------------------------------------------------
 
 _SNAPSHOT = re.compile(r"(?:[-:@](?:latest|preview|0|\d{4}-?\d{2}-?\d{2}|\d{2}-\d{2}|\d{2}-\d{4}|\d{3,8}))+$")
+
+
+def _served(data: dict[str, Any], asked: str | None, echoed: str) -> str:
+    """Which version of a model answered, "name fingerprint"; empty where the server only repeats what was asked."""
+    fingerprint = data.get("system_fingerprint")
+    if isinstance(fingerprint, str) and fingerprint:
+        return f"{echoed[:80]} {fingerprint[:80]}".strip()
+    return "" if asked is None or echoed == asked else echoed[:80]
 
 
 def same_model(asked: str, echoed: str) -> bool:

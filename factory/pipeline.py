@@ -312,7 +312,8 @@ class Work:
         with growing(step.title) as reached:
             told = train(
                 knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
-                seed=self.recipe.seed, on_progress=lambda told: reached(told["step"], told["steps"]),
+                checkpoints=self.folder / "checkpoints" / out.final.name, seed=self.recipe.seed,
+                on_progress=lambda told: reached(told["step"], told["steps"]),
             )  # fmt: skip
         if told["steps"] == 0:
             raise RecipeError(f"{step.title}: the trainer took no step; raise args.num_train_epochs or args.max_steps")

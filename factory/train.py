@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,17 +118,20 @@ def _fields(config: str) -> frozenset[str]:
 
 
 def train(
-    knobs: Train, *, weights_entry: Weights, rows: Path, out: Path, cache: Path, seed: int,
+    knobs: Train, *, weights_entry: Weights, rows: Path, out: Path, cache: Path, checkpoints: Path, seed: int,
     on_progress: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Train on a JSONL file of `TrainRow` (sft) or `Pair` (dpo); `out/model` is the student. Returns `training.json`.
+
+    Goes on from the last checkpoint of a training that was killed, if `checkpoints` has one. They are removed at the end,
+    except where the recipe asks for some (`args.save_strategy`): then they are in `out/checkpoints`.
 
     Raises RecipeError when the preflight refuses the rows, EngineError when training fails.
     """
     weights = {name: getattr(weights_entry, name) for name in Weights.model_fields}
     job = {
         "method": knobs.method, "weights": weights, "cache": str(cache.resolve()), "rows": str(rows.resolve()),
-        "out": str(out.resolve()), "args": knobs.args, "seed": seed,
+        "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))
@@ -154,6 +158,9 @@ def train(
         full = "No space left on device" in words  # as Python and as safetensors say it
         error = DiskError if full else EngineError
         raise error(f"train {knobs.as_}: the trainer ended with exit {code}: {words}" + "; free some space" * full)
+    if "save_strategy" in knobs.args and checkpoints.is_dir():
+        checkpoints.rename(out / "checkpoints")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
 

@@ -1,6 +1,7 @@
 """Training: what is learned of a row, what is refused before step 1, and how the trainer's process lives and dies."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -68,7 +69,7 @@ class Ran:
     def run(self) -> dict[str, Any]:
         return stage.train(
             self.knobs, weights_entry=Weights(model=str(self.base)), rows=self.out / "rows.jsonl", out=self.out,
-            cache=self.out, seed=1, on_progress=self.progress.append,
+            cache=self.out, checkpoints=self.out / "going", seed=1, on_progress=self.progress.append,
         )  # fmt: skip
 
     def read(self, name: str) -> Any:
@@ -99,6 +100,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "dpo": Ran(place / "dpo", folder, [pair(i) for i in range(8)], method="dpo", args=SMALL),
         "lora": Ran(place / "lora", bare, rows, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
+        "rising": Ran(place / "rising", folder, rows, method="sft", args=SMALL | {"learning_rate": 1e9, "num_train_epochs": 20}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
     }  # fmt: skip
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -184,6 +186,77 @@ def test_refused_rows_are_a_recipe_error_that_says_what_to_do(ran: Any) -> None:
     assert not (job.out / "model").exists()
 
 
+def test_a_training_that_diverges_is_stopped_with_what_to_try(ran: Any) -> None:
+    job, result = ran["rising"]
+    with pytest.raises(
+        RecipeError, match=r"train student: it diverges: the loss .* lower args.learning_rate \(now 1e\+09\)"
+    ):
+        result.result()
+    assert 0 < len(job.progress) < 40
+    assert not (job.out / "going").exists()
+
+
+def test_what_diverges_is_told_from_what_jumps() -> None:
+    from factory.trainers.watch import diverges
+
+    assert diverges([float("nan")]) == diverges([2.0, float("inf")]) == "the loss is no number"
+    jumping = [2.0, 1.0, 6.0] * 20
+    assert not any(diverges(jumping[:i]) for i in range(1, 60))
+    assert "rises (1 at first, 4 now)" in str(diverges([1.0] * 10 + [4.0] * 10))
+    assert diverges([0.1] * 10 + [0.5] * 10) is None  # half a nat is nothing to end a training for
+
+
+KILLED = """
+import sys
+from tests.test_train import GOING_ON, Path, Ran, sft_row
+Ran(Path(sys.argv[1]), Path(sys.argv[2]), [sft_row(i) for i in range(12)], **GOING_ON).run()
+"""
+GOING_ON: dict[str, Any] = {
+    "method": "sft", "args": SMALL | {"num_train_epochs": 40, "save_strategy": "steps", "save_steps": 7},
+}  # fmt: skip
+
+
+def test_a_killed_training_goes_on_and_comes_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = tmp_path / "killed"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(folder)]) as parent:
+        while not (out / "going/checkpoint-21").exists():  # it is being written
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.send_signal(signal.SIGKILL)
+    time.sleep(0.5)  # its child ends with it
+    torn = out / "going" / "checkpoint-999"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 99')
+    again, whole = object.__new__(Ran), Ran(tmp_path / "whole", folder, [sft_row(i) for i in range(12)], **GOING_ON)
+    again.out, again.base, again.progress, again.knobs = out, folder, [], whole.knobs
+    told, undisturbed = again.run(), whole.run()
+    assert told["resumed_at"] % 7 == 0 < told["resumed_at"] == again.progress[0]["step"] - 1
+    assert undisturbed["resumed_at"] is None
+    assert told["log"] == undisturbed["log"]
+    ours, theirs = (load_file(where / "model/model.safetensors") for where in (out, tmp_path / "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert (out / "checkpoints").is_dir()  # the recipe asked for them
+
+
+def test_a_long_training_is_saved_by_the_clock(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from factory.trainers.job import _defaults
+    from factory.trainers.sft import sft
+    from factory.trainers.watch import SAVE_EVERY_S, Watch, last_checkpoint
+
+    watch = Watch(io.StringIO())
+    args = {"output_dir": str(tmp_path / "going"), "max_steps": 3} | _defaults(on_gpu=False)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    trainer = sft(model, tokenizer, [sft_row(i) for i in range(8)], args, None, watch)
+    watch._saved -= SAVE_EVERY_S
+    trainer.train()
+    assert last_checkpoint(tmp_path / "going") == tmp_path / "going/checkpoint-1"
+
+
 PARENT = """
 import sys
 from tests.test_train import Path, Ran, sft_row
@@ -213,14 +286,15 @@ def collated(folder: Path, rows: list[Row], tmp_path: Path, **args: Any) -> list
     """The text that each row's labels learn, of one batch of TRL's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from factory.trainers.job import _callback, _defaults
+    from factory.trainers.job import _defaults
     from factory.trainers.sft import sft
+    from factory.trainers.watch import Watch
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token  # planted: padding would hide the end
     mend_padding(tokenizer, model)
     given = {"output_dir": str(tmp_path)} | _defaults(on_gpu=False) | args
-    trainer = sft(model, tokenizer, rows, given, None, _callback(None, []))
+    trainer = sft(model, tokenizer, rows, given, None, Watch(None))
     labels = trainer.data_collator(list(trainer.train_dataset))["labels"]
     return [tokenizer.decode([label for label in row.tolist() if label != -100]) for row in labels]
 

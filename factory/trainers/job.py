@@ -17,15 +17,6 @@ from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
 
 TRAINERS = {"sft": sft, "dpo": dpo}
-LOGGED = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/chosen",
-    "rewards/rejected",
-)
 
 
 def main() -> None:
@@ -46,14 +37,15 @@ def main() -> None:
 def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     import torch
 
+    from factory.trainers.watch import Watch, entry, last_checkpoint
+
     on_gpu = torch.cuda.is_available()
-    args = {"seed": job["seed"], "output_dir": str(out / "checkpoints")} | _defaults(on_gpu) | job["args"]
+    args = {"seed": job["seed"], "output_dir": job["checkpoints"]} | _defaults(on_gpu) | job["args"]
     tokenizer, model = _student(job, on_gpu, args)
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, args.get("max_length", 1024))
-    log: list[dict[str, Any]] = []
-    trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), _callback(told, log))
+    trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), Watch(told))
     if len(trainer.train_dataset) != len(kept) and not args.get("packing"):
         made = len(trainer.train_dataset)
         raise Refused(f"{len(kept)} rows were to train, but TRL made {made} of them; raise args.max_length")
@@ -62,17 +54,20 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
         (out / "set_aside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aside))
         (out / "preview.json").write_text(json.dumps(preview(kept, tokenizer)))
     started = time.monotonic()
-    trainer.train()
+    checkpoint = last_checkpoint(Path(job["checkpoints"]))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if not first:
         return
     _save(trainer, tokenizer, out, lora=job["lora"] is not None)
-    tokens = int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0))
+    history = trainer.state.log_history
+    tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
         "rows_set_aside": {"over_length": len(aside)} if aside else {}, "tokens": tokens,
-        "steps": int(trainer.state.global_step), "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1), "log": log, "notes": notes,
+        "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
+        "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+        "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(facts, indent=2))
@@ -107,7 +102,14 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
 
 def _defaults(on_gpu: bool) -> dict[str, Any]:
     """Settings under the recipe's: nothing leaves the machine, and what a CPU needs to train at all."""
-    common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    common = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    common["logging_nan_inf_filter"] = False  # it would show the last sound loss where there is none
     cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     return common if on_gpu else common | cpu
 
@@ -124,21 +126,6 @@ def _peft(lora: dict[str, Any] | None) -> Any:
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )
-
-
-def _callback(told: Any, log: list[dict[str, Any]]) -> Any:
-    from transformers import TrainerCallback
-
-    class Tell(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        """Passes each log entry on to the parent, and keeps it for the report."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs and state.is_world_process_zero:
-                entry = {"step": state.global_step, **{name: float(logs[name]) for name in LOGGED if name in logs}}
-                log.append(entry)
-                told.write(json.dumps({"steps": state.max_steps, **entry}) + "\n")
-
-    return Tell()
 
 
 def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:

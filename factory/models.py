@@ -36,6 +36,13 @@ class Models:
             raise RecipeError(f"the student {name!r} is not trained yet; run the whole recipe with `factory run`")
         return self._entries[name]
 
+    def weights(self, name: str) -> Weights:
+        """The entry of a model that is trained, or whose distributions are learned."""
+        entry = self.entry(name)
+        if not isinstance(entry, Weights):
+            raise RecipeError(f"models.{name} has no local weights; `type: transformers` has")
+        return entry
+
     def identity(self, name: str) -> str:
         entry = self.entry(name)
         if isinstance(entry, Reference):

@@ -78,7 +78,7 @@ class Naming:
             case Judge() as knobs:
                 return [knobs.model]
             case Train() as knobs:
-                return [knobs.student]
+                return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:
                 return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
             case Curate() as knobs:

@@ -49,7 +49,6 @@ from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, w
 from factory.shape import Shape, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
-from factory.weights import Weights
 
 UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
 
@@ -304,14 +303,10 @@ class Work:
             raise RecipeError(
                 f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl"
             )
-        entry = self.models.entry(knobs.student)
-        if not isinstance(entry, Weights):
-            raise RecipeError(
-                f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`"
-            )
+        entry, teacher = self.models.weights(knobs.student), knobs.teacher and self.models.weights(knobs.teacher)
         with growing(step.title) as reached:
             told = train(
-                knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
+                knobs, weights_entry=entry, teacher=teacher or None, rows=rows, out=out.folder, cache=self.runs / "weights",
                 checkpoints=self.folder / "checkpoints" / out.final.name, seed=self.recipe.seed,
                 on_progress=lambda told: reached(told["step"], told["steps"]),
             )  # fmt: skip

@@ -16,7 +16,7 @@ from factory.mistakes import Problem
 from factory.pair import PairUp
 from factory.recipe import Recipe, Stage
 from factory.shape import Shape
-from factory.train import Train
+from factory.train import METHODS, Train
 from factory.yamlfile import Path_
 
 Until = Literal["build", "train", "eval", "run"]
@@ -102,7 +102,7 @@ class _Drawing:
         self.done.append(stage)
 
     def _add_train(self, stage: Train, reads: tuple[int, ...], at: Path_) -> None:
-        wanted: Made = "rows" if stage.method == "sft" else "pairs"
+        wanted: Made = METHODS[stage.method].reads
         if not reads:
             reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
         if not reads and wanted == "rows":

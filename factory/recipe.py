@@ -198,6 +198,12 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                     ("student",),
                     f"models.{stage.student} is `type: {start.type}`, which cannot be trained; a student is `type: transformers`",
                 )
+            if (teacher := recipe.models.get(stage.teacher or "")) and not isinstance(teacher, Weights):
+                yield (
+                    ("teacher",),
+                    f"models.{stage.teacher} is `type: {teacher.type}`, whose distributions cannot be read; {stage.method} "
+                    "needs a `type: transformers` teacher",
+                )
         case Evaluate():
             named = [stage.from_] if isinstance(stage.from_, str) else stage.from_
             if not made.lacks("prompts") and not any(
@@ -269,6 +275,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             yield "model", stage.model
         case Train():
             yield "student", stage.student
+            if stage.teacher:
+                yield "teacher", stage.teacher
         case Evaluate():
             yield from (("students", name) for name in stage.students)
             if stage.teacher:

@@ -10,13 +10,15 @@ from typing import Any
 
 from factory.child import die_with_parent, end_with_input
 from factory.errors import FactoryError
-from factory.train import REFUSED
-from factory.trainers.preference import dpo
+from factory.train import METHODS, REFUSED
+from factory.trainers.distill import gkd, gold
+from factory.trainers.preference import dpo, kto, orpo, simpo
 from factory.trainers.preflight import Refused, mend_padding, preflight, preview
+from factory.trainers.setup import Setup
 from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
 
-TRAINERS = {"sft": sft, "dpo": dpo}
+TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "orpo": orpo, "simpo": simpo, "gkd": gkd, "gold": gold}
 
 
 def main() -> None:
@@ -45,10 +47,12 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, args.get("max_length", 1024))
-    trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), Watch(told))
-    if len(trainer.train_dataset) != len(kept) and not args.get("packing"):
+    setup = Setup(model, tokenizer, kept, args, _peft(job["lora"]), Watch(told), _teacher(job, on_gpu))
+    trainer = TRAINERS[job["method"]](setup)
+    wanted = len(kept) * METHODS[job["method"]].rows_each
+    if len(trainer.train_dataset) != wanted and not args.get("packing"):
         made = len(trainer.train_dataset)
-        raise Refused(f"{len(kept)} rows were to train, but TRL made {made} of them; raise args.max_length")
+        raise Refused(f"{wanted} rows were to train, but TRL made {made} of them; raise args.max_length")
     first = trainer.is_world_process_zero()  # under `accelerate launch`, one process writes
     if first:
         (out / "set_aside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aside))
@@ -98,6 +102,20 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
             else AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         )
     return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+
+
+def _teacher(job: dict[str, Any], on_gpu: bool) -> Any:
+    """The local model whose distributions are learned; None for methods that need none. It is only read."""
+    if job["teacher"] is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weights = Weights.model_validate(job["teacher"])
+    folder = materialise(weights, Path(job["cache"]))
+    automatic = torch.bfloat16 if on_gpu else torch.float32
+    dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 
 
 def _defaults(on_gpu: bool) -> dict[str, Any]:

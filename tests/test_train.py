@@ -22,25 +22,12 @@ from hypothesis import strategies as st
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
 from factory.train import Train, check_args
-from factory.trainers.preflight import Refused, mend_padding, preflight, preview, tokenise
+from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, tokenise
 from factory.weights import Weights
+from tests.planted import FAULTS, LONG, Planted, Row, pair, said, sft_row
 from tests.tiny import TEMPLATE, tiny_model
 
 QUESTIONS = [f"What is the colour of thing number {i}?" for i in range(12)]
-Row = dict[str, Any]
-
-
-def said(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
-
-
-def sft_row(i: int, answer: str = "The sky is blue.") -> Row:
-    return {"id": f"r{i}", "prompt": said("user", QUESTIONS[i]), "completion": said("assistant", answer)}
-
-
-def pair(i: int, chosen: str = "It is green.", rejected: str = "Because: no") -> Row:
-    row = {"id": f"p{i}", "prompt": said("user", QUESTIONS[i])}
-    return row | {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
 
 
 @pytest.fixture(scope="module")
@@ -354,42 +341,28 @@ def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: An
 
 # -- the preflight ---------------------------------------------------------------------------------------------------------------
 
-NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-THINKING = TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_what_would_train_wrongly_is_refused(folder: Path, tokenizer: Any, fault: Planted) -> None:
+    from transformers import AutoModelForCausalLM
 
-@pytest.mark.parametrize(
-    ("planted", "row", "told"),
-    [
-        ({"chat_template": None}, sft_row(0), "no chat template"),
-        ({"eos_token": None}, sft_row(0), "no end token"),
-        (
-            {"chat_template": THINKING},
-            sft_row(0),
-            "row r0: the chat template renders a conversation for training unlike",
-        ),
-        ({"chat_template": NO_END}, sft_row(0), r"row r0: the end token '<\|im_end\|>' is not in the loss"),
-        ({"eos_token": "<|endoftext|>"}, sft_row(0), r"row r0: the end token '<\|endoftext\|>' is not in the loss"),
-        ({}, sft_row(0, " \n"), "row r0: its answer is empty"),
-        ({}, pair(2, rejected=""), "row p2: its answer is empty"),
-        ({}, pair(2, "a", "a"), "row p2: chosen and rejected are the same"),
-        ({}, sft_row(0, "Yes.<|im_end|>"), r"row r0: the end token '<\|im_end\|>' stands more than once"),
-        ({}, sft_row(0, "Yes.<|im_end|> No."), "stands more than once"),
-        (
-            {"bos_token": "<|endoftext|>", "chat_template": "{{ bos_token }}{{ bos_token }}" + TEMPLATE},
-            sft_row(0),
-            r"row r0: the beginning token '<\|endoftext\|>' stands twice",
-        ),
-        ({}, sft_row(0, "blue " * 80), "all 1 rows are longer than max_length=64"),
-        ({}, sft_row(0) | {"weight": 0.5}, "row r0: weights other than 1"),
-    ],
-)
-def test_what_would_train_wrongly_is_refused(tokenizer: Any, planted: dict[str, Any], row: Row, told: str) -> None:
-    assert preflight([sft_row(3)], tokenizer, 64)[0] == [sft_row(3)]  # sound without the fault
-    for name, value in planted.items():
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    good = pair(3) if "chosen" in fault.row else sft_row(3)
+    assert preflight([good], tokenizer, fits(model, tokenizer, {}))[0] == [good]  # sound without the fault
+    for name, value in fault.tokenizer.items():
         setattr(tokenizer, name, value)
-    with pytest.raises(Refused, match=told):
-        preflight([row], tokenizer, 64)
+    if fault.embeddings:
+        model.resize_token_embeddings(fault.embeddings)
+    with pytest.raises(Refused, match=fault.told):
+        preflight([fault.row], tokenizer, fits(model, tokenizer, fault.args))
+
+
+def test_rows_that_cannot_train_are_set_aside_with_their_reason(tokenizer: Any) -> None:
+    marked = sft_row(1) | {"prompt": said("user", "Is <|endoftext|> a word?")}
+    kept, aside = preflight([sft_row(0), marked, sft_row(2, LONG)], tokenizer, 64)
+    assert [row["id"] for row in kept] == ["r0"]
+    assert aside[0] == {"id": "r1", "reason": "template_token:<|endoftext|>"}
+    assert aside[1]["reason"].startswith("over_length=")
 
 
 def test_every_row_is_looked_at(tokenizer: Any) -> None:

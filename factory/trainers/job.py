@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from factory.errors import FactoryError
 from factory.train import METHODS, REFUSED
 from factory.trainers.distill import gkd, gold
 from factory.trainers.preference import dpo, kto, orpo, simpo
-from factory.trainers.preflight import Refused, mend_padding, preflight, preview
+from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview
 from factory.trainers.setup import Setup
 from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
@@ -46,7 +47,7 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     tokenizer, model = _student(job, on_gpu, args)
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    kept, aside = preflight(rows, tokenizer, args.get("max_length", 1024))
+    kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
     setup = Setup(model, tokenizer, kept, args, _peft(job["lora"]), Watch(told), _teacher(job, on_gpu))
     trainer = TRAINERS[job["method"]](setup)
     wanted = len(kept) * METHODS[job["method"]].rows_each
@@ -68,7 +69,7 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
-        "rows_set_aside": {"over_length": len(aside)} if aside else {}, "tokens": tokens,
+        "rows_set_aside": Counter(row["reason"].partition("=")[0].partition(":")[0] for row in aside), "tokens": tokens,
         "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
         "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
         "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,

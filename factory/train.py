@@ -165,7 +165,7 @@ def train(
     Raises RecipeError when the preflight refuses the rows, EngineError when training fails.
     """
     job = {
-        "method": knobs.method, "weights": _of(weights_entry), "teacher": _of(teacher) if teacher else None,
+        "method": knobs.method, "weights": weights_of(weights_entry), "teacher": weights_of(teacher) if teacher else None,
         "cache": str(cache.resolve()), "rows": str(rows.resolve()),
         "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
@@ -201,7 +201,7 @@ def train(
     return told
 
 
-def _of(entry: Weights) -> dict[str, Any]:
+def weights_of(entry: Weights) -> dict[str, Any]:
     """What a child needs to load a model; an entry may say more."""
     return {name: getattr(entry, name) for name in Weights.model_fields}
 

@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
 from factory.train import Train, check_args
-from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, tokenise
+from factory.trainers.preflight import (
+    Refused,
+    fits,
+    mend_padding,
+    needed_bytes,
+    preflight,
+    preview,
+    refuse_what_cannot_fit,
+    tokenise,
+)
 from factory.weights import Weights
 from tests.planted import FAULTS, LONG, Planted, Row, pair, said, sft_row
 from tests.tiny import TEMPLATE, tiny_model
@@ -363,6 +372,30 @@ def test_rows_that_cannot_train_are_set_aside_with_their_reason(tokenizer: Any) 
     assert [row["id"] for row in kept] == ["r0"]
     assert aside[0] == {"id": "r1", "reason": "template_token:<|endoftext|>"}
     assert aside[1]["reason"].startswith("over_length=")
+
+
+def test_the_memory_of_a_training_is_counted_before_it(folder: Path) -> None:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from factory.trainers.job import peft_of
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    whole = model.num_parameters()
+    assert needed_bytes(model, None) == 16 * whole
+    lora = peft_of({"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"})
+    counted = needed_bytes(model, lora)
+    adapted = get_peft_model(model, lora)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert counted == 4 * whole + 16 * trained
+    refuse_what_cannot_fit(model, lora)
+    with pytest.raises(Refused, match=r"need .* GiB, of which .* are there; train with `lora: \{\}`"):
+        with torch.device("meta"):  # four hundred thousand million parameters, none of them anywhere
+            huge = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126)
+            )
+        refuse_what_cannot_fit(huge, None)
 
 
 def test_every_row_is_looked_at(tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ from factory.errors import FactoryError
 from factory.train import METHODS, REFUSED
 from factory.trainers.distill import gkd, gold
 from factory.trainers.preference import dpo, kto, orpo, simpo
-from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview
+from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
 from factory.trainers.setup import Setup
 from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
@@ -45,10 +45,12 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     on_gpu = torch.cuda.is_available()
     args = {"seed": job["seed"], "output_dir": job["checkpoints"]} | _defaults(on_gpu) | job["args"]
     tokenizer, model = _student(job, on_gpu, args)
+    peft = peft_of(job["lora"])
+    refuse_what_cannot_fit(model, peft)
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
-    setup = Setup(model, tokenizer, kept, args, _peft(job["lora"]), Watch(told), _teacher(job, on_gpu))
+    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
     trainer = TRAINERS[job["method"]](setup)
     wanted = len(kept) * METHODS[job["method"]].rows_each
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
@@ -85,14 +87,21 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
     rounded away. Under LoRA they are frozen, so half of the memory will do.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     weights = Weights.model_validate(job["weights"])
     folder = materialise(weights, Path(job["cache"]))
     automatic = torch.bfloat16 if on_gpu and job["lora"] else torch.float32
     dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return tokenizer_of(folder, args), model
+
+
+def tokenizer_of(folder: Path, args: dict[str, Any]) -> Any:
+    """The student's tokenizer with what `args` make of it: the preflight must see it as TRL will."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # the preflight must see these as TRL will
     if token := args.get("eos_token"):
         tokenizer.eos_token = token
     if template := args.get("chat_template_path"):
@@ -102,7 +111,7 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
             if path.is_file()
             else AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         )
-    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return tokenizer
 
 
 def _teacher(job: dict[str, Any], on_gpu: bool) -> Any:
@@ -133,7 +142,7 @@ def _defaults(on_gpu: bool) -> dict[str, Any]:
     return common if on_gpu else common | cpu
 
 
-def _peft(lora: dict[str, Any] | None) -> Any:
+def peft_of(lora: dict[str, Any] | None) -> Any:
     if lora is None:
         return None
     from peft import LoraConfig

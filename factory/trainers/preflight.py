@@ -3,8 +3,13 @@ refused with the fix: a missing end token, a wrong mask, doubled special tokens,
 training unlike inference.
 """
 
+import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+BYTES_TRAINED, BYTES_FROZEN = 16, 4
+"""Of a parameter: its weight, gradient and AdamW's two moments in float32; or its weight alone."""
 
 
 class Refused(Exception):
@@ -144,6 +149,37 @@ def fits(model: Any, tokenizer: Any, args: dict[str, Any]) -> int | None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (args.get("max_length", 1024), context) if limit is not None]
     return min(limits, default=None)
+
+
+def needed_bytes(model: Any, peft: Any) -> int:
+    """Memory for weights, gradients and optimizer; what passes through the layers comes on top."""
+    whole = sum(int(parameter.numel()) for parameter in model.parameters())
+    if peft is None:
+        return whole * BYTES_TRAINED
+    rank = int(peft.r)
+    trained = sum(int(module.weight.shape[0] + module.weight.shape[1]) * rank for module in _linear(model))
+    return whole * BYTES_FROZEN + trained * BYTES_TRAINED
+
+
+def _linear(model: Any) -> Iterator[Any]:
+    head = model.get_output_embeddings()
+    return (m for m in model.modules() if type(m).__name__ == "Linear" and m is not head)
+
+
+def refuse_what_cannot_fit(model: Any, peft: Any) -> None:
+    """`Refused` where a single process would run out of memory before its first step."""
+    import psutil
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # how several share it is theirs to decide
+        return
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    loaded = 0 if torch.cuda.is_available() else sum(p.numel() * p.element_size() for p in model.parameters())
+    if (needed := needed_bytes(model, peft)) - loaded > free:
+        raise Refused(
+            f"weights, gradients and optimizer need {needed / 2**30:.1f} GiB, of which {(loaded + free) / 2**30:.1f} are "
+            "there; train with `lora: {}`, or a smaller student"
+        )
 
 
 def mend_padding(tokenizer: Any, model: Any) -> list[str]:

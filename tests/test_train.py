@@ -390,11 +390,10 @@ def test_the_memory_of_a_training_is_counted_before_it(folder: Path) -> None:
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert counted == 4 * whole + 16 * trained
     refuse_what_cannot_fit(model, lora)
+    with torch.device("meta"):  # four hundred thousand million parameters, none of them anywhere
+        config = AutoConfig.from_pretrained(folder, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126)
+        huge = AutoModelForCausalLM.from_config(config)
     with pytest.raises(Refused, match=r"need .* GiB, of which .* are there; train with `lora: \{\}`"):
-        with torch.device("meta"):  # four hundred thousand million parameters, none of them anywhere
-            huge = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126)
-            )
         refuse_what_cannot_fit(huge, None)
 
 

@@ -31,6 +31,12 @@ class Models:
         self.trained.add(name)
         self._identities.pop(name, None)
 
+    def call(self, name: str, student: str) -> None:
+        """Give a model another name: that of a student that was not trained for its own sake."""
+        self._entries[name] = self.entry(student)
+        self.trained.add(name)
+        self._identities.pop(name, None)
+
     def entry(self, name: str) -> ModelEntry:
         if name not in self._entries:
             raise RecipeError(f"the student {name!r} is not trained yet; run the whole recipe with `factory run`")

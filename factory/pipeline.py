@@ -43,6 +43,7 @@ from factory.prompts import PromptLists, lint, load
 from factory.publish import publish
 from factory.recipe import Recipe
 from factory.recipe_file import find
+from factory.rounds import Measured, Rounds
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
@@ -72,8 +73,14 @@ def run(
         )
         try:
             work.begin(steps)
+            rounds = Rounds(steps)
             for step in steps:
-                work.do(step)
+                if rounds.over(step):
+                    work.stand_in(step, rounds.standing_for(step))
+                else:
+                    work.do(step)
+                    if measured := rounds.heard(step, work.made[step.number]):
+                        work.settle(step, measured)
             work.publish(steps)
         except BaseException as e:
             with suppress(OSError):  # on a full disk, what stopped us tells more
@@ -177,6 +184,18 @@ class Work:
         self.note("unfinished")
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
+
+    def stand_in(self, step: Step, before: Step) -> None:
+        """A step of a round that is not wanted any more: what was made last stands for it."""
+        self.made[step.number] = self.made[before.number]
+        if isinstance(step.knobs, Train) and isinstance(before.knobs, Train):
+            self.models.call(step.knobs.as_, before.knobs.as_)
+
+    def settle(self, step: Step, measured: Measured) -> None:
+        """Behind a round: its loop's student is the best so far."""
+        assert step.round is not None
+        say(f"  {measured}: {'better' if measured.best == measured.after else 'no better, the loop ends'}")
+        self.models.call(step.round.repeat.student, measured.best)
 
     def _make_or_wait(self, step: Step, folder: Path) -> StageFolder:
         """Make a step. Where it submits a batch and waiting is wanted, make it again: its asking waits for the batch."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,14 +33,17 @@ NEAR = 0.8
 
 
 class PromptSet(Knobs):
-    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns."""
+    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns.
+
+    `held_out: all` is for a list that is only measured on.
+    """
 
     path: str = Field(min_length=1)
     name: str | None = None
     split: str | None = None
     columns: dict[Column, str] = {}
     take: int | None = Field(None, gt=0)
-    held_out: int = Field(0, ge=0)
+    held_out: Annotated[int, Field(ge=0)] | Literal["all"] = 0
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> "PromptSet":
@@ -97,11 +100,11 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 @dataclass
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
-    of prompts that do not go into `train`. `wanted` is how many were to be held out; `references` and `answers`, how many
-    prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
+    of prompts that do not go into `train`. `wanted` is how many were to be held out, or "all"; `references` and `answers`,
+    how many prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
 
     name: str
-    wanted: int = 0
+    wanted: int | Literal["all"] = 0
     prompts: Spool = field(default_factory=Spool)
     lines: "array[int]" = field(default_factory=lambda: array("Q"))
     ids: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -222,9 +225,9 @@ def _oddities(one: PromptList) -> Iterator[str]:
         yield f"{number} of {one.funnel.in_} rows left out: {kind} ({first})"
     if one.straddling:
         yield f"{one.straddling} groups of near-duplicates would stand in both train and test; each is kept on one side"
-    if one.wanted > len(one.held_out):
+    if one.wanted != "all" and one.wanted > len(one.held_out):
         yield f"{len(one.held_out)} prompts are held out, not {one.wanted}: more would divide near-duplicates"
-    if not one.train:
+    if not one.train and one.wanted != "all":
         yield "no prompt is left to train on"
 
 
@@ -306,11 +309,17 @@ def _shown(reference: str | None) -> str:
 
 def _split(one: PromptList, seed: int) -> None:
     """Choose the held-out ids: whole groups of near-duplicates, smallest hash first, while they fit."""
+    if one.wanted == "all":
+        one.held_out = set(_ids(one))
+        return
     if not one.wanted:
         return
     total = len(set(one.ids))
     if one.wanted >= total:
-        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on")
+        raise RecipeError(
+            f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on; say held_out: all for a "
+            "list that is only measured on"
+        )
     looked_at = one.wanted
     while len(one.held_out) < one.wanted and looked_at < total:
         looked_at = min(2 * looked_at, total)  # those with larger hashes matter only where groups do not fit

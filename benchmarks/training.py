@@ -71,6 +71,8 @@ def _exact(folder: Path, model: Path) -> Iterator[Figure]:
     told = _run(
         "exact", {"model": str(model), "rows": _rows(16, "dpo", (10, 60)), "out": str(folder / "exact")}, folder
     )
+    yield Figure("training.planted_faults", told["planted"])
+    yield judged("training.planted_faults_missed", told["planted"] - told["caught"], "== 0")
     yield judged("training.dpo_loss_at_step_0_beside_ln_2", abs(told["live"][0] - math.log(2)), "<= 0.0001")
     yield judged("training.dpo_margin_at_step_0", abs(told["margin"]), "== 0")
     apart = max(abs(a - b) for a, b in zip(told["live"], told["precomputed"], strict=True))

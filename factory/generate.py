@@ -220,6 +220,7 @@ class Teaching:
     accept: Callable[[Sample], Verdict | None]
     refused: Callable[[Sample], bool]
     planned: int = 0
+    accepted: int = 0
     tallies: list[Tally] = field(default_factory=list)
 
     async def samples(self, prompts: Part) -> AsyncIterator[Sample]:
@@ -318,7 +319,7 @@ class Teaching:
 
     async def _draw(self, model: Model, prompts: Part, draws: Draws) -> Read:
         """Ask for some draws of each prompt, and the fallback for those that failed or were refused."""
-        read = await self._ask(model, prompts, draws)
+        read = await self._ask(model, prompts, draws, stand_in=self.knobs.fallback is not None)
         self.planned += self.tallies[-1].planned
         if self.knobs.fallback is None:
             return read
@@ -331,12 +332,12 @@ class Teaching:
             read_other = await self._ask(other, prompts, lambda prompt: lacking.get(prompt.id, ()))
         return lambda: (_mended(found, others) for found, others in zip(read(), read_other(), strict=True))
 
-    async def _ask(self, model: Model, prompts: Part, draws: Draws) -> Read:
+    async def _ask(self, model: Model, prompts: Part, draws: Draws, stand_in: bool = False) -> Read:
         """Ask what is not stored."""
         sampling = self.knobs.sampling()
         asked = partial(requests, prompts, model, self.asker, sampling, draws, self.seed)
         total = sum(len(draws(prompt)) for prompt in prompts)
-        tally = await self.desk.ask(model, asked(), total, f"generate {model.name}")
+        tally = await self.desk.ask(model, asked(), total, f"generate {model.name}", stand_in=stand_in)
         self.tallies.append(tally)
         return lambda: _by_prompt(prompts, self.desk.read(model, asked(), tally), model.name)
 

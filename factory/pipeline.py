@@ -290,6 +290,10 @@ class Work:
 
         asyncio.run(collect())
         facts |= _cost(teaching.tallies) | cohorts.facts()
+        # what a fallback has mended is not lost
+        facts["draws"] = {"planned": teaching.planned, "unanswered": out.counts["failed"]}
+        if knobs.want and out.counts["kept"] < knobs.want:
+            facts["warnings"].append(f"want: {knobs.want}, but all prompts together gave {out.counts['kept']} answers")
         for line in facts["warnings"]:
             say(f"  warning: {line}")
         return teaching.planned

@@ -149,6 +149,14 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
+    for stage in recipe.stages:
+        asked: dict[str, str] = {}
+        for name in stage.models if isinstance(stage, Generate) else ():
+            known = recipe.models.get(name)
+            what = {"limits", "price", "terms", "api_key_env", "capabilities", "batch"}
+            same = repr(known.model_dump(exclude=what)) if known else name
+            if asked.setdefault(same, name) != name:
+                found.append(f"models.{name} is models.{asked[same]} under another name: every answer comes twice")
     return found
 
 

@@ -195,10 +195,11 @@ def endings(outcome: Outcome, n: int) -> list[tuple[str, int | None]]:
 class Look(Row, frozen=True):
     """What a look at a batch has found: so many requests answered; `ended` is the provider's word for how it ended.
 
-    `refused`: the provider ended it before any of its requests ran.
+    `refused`: the provider ended it before any of its requests ran. `succeeded`: of the answered ones, those with an answer.
     """
 
     answered: int
+    succeeded: int = 0
     ended: str | None = None
     refused: Failure | None = None
 

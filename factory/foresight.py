@@ -78,7 +78,7 @@ def _behind(step: Step, before: _Flow) -> _Flow:
                 return before._replace(scores=None)
             return before._replace(scores=before.scores | {name})
         case Choose(per="prompt") as knobs:
-            return before._replace(most=min(before.most, knobs.best or knobs.cap or 0))
+            return before._replace(most=min(before.most, knobs.best or knobs.cap or math.inf))
         case _:
             return before
 

@@ -210,10 +210,12 @@ class Work:
                 planned = self._pair(knobs, step, out)
             case Curate() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, curate(knobs, partial(self._groups, step), self.models), step.title, planned)
+                _put_all(
+                    out, curate(knobs, partial(self._groups, step), self.models, self.recipe.seed), step.title, planned
+                )
             case Choose() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, choose(knobs, self._groups(step)), step.title, planned)
+                _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)

@@ -118,7 +118,7 @@ def _of_step(
 
 
 def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
-    if before.most < 2:
+    if before.most < 2 and knobs.form == "pairs":
         yield Finding(
             (), "a pair needs two answers to a prompt, and at most one gets here; ask several models, or raise n"
         )

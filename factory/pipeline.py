@@ -7,7 +7,7 @@ same command again does nothing twice, and a changed filter re-runs from there a
 import asyncio
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from functools import partial
@@ -34,7 +34,7 @@ from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
 from factory.knobs import written_out
 from factory.models import Models
 from factory.naming import Naming
-from factory.pair import PairUp, pair
+from factory.pair import PairUp, pair, unpaired
 from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
 from factory.prompt_spool import spooled
@@ -207,7 +207,7 @@ class Work:
             case Given():
                 planned = _put_all(out, given(self._prompts(step)), step.title)
             case PairUp() as knobs:
-                planned = self._pair(knobs, step, out)
+                planned = self._pair(knobs, step, out, facts)
             case Curate() as knobs:
                 planned = self._rows_in(step)
                 _put_all(
@@ -282,9 +282,12 @@ class Work:
         facts["draws"] |= {"unreadable": out.reasons[UNREADABLE] + out.reasons[TRUNCATED], "flaw": tally.flaw}
         return total
 
-    def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
-        """The unit is the prompt, and each gives one row: a pair, or the reason why not."""
+    def _pair(self, knobs: PairUp, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        """The unit is the prompt, and each gives pairs, or the reason why not; for KTO it is the sample."""
         view = partial(student_view, self.recipe.view())
+        if knobs.form == "kto":
+            facts["unit"] = "samples"
+            return _put_all(out, unpaired(knobs, self._groups(step), view), step.title, self._rows_in(step))
         _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view), step.title)
         return sum(1 for _ in self._groups(step))
 
@@ -337,12 +340,13 @@ class Work:
         return len(answers)
 
 
-def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:
-    """Write all rows, showing how far it is; returns how many."""
+def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, total: int | None = None) -> int:
+    """Write all rows, showing how far it is; returns how many. Rows in a list are one unit together."""
     count = 0
     with bar(label, total) as advance:
-        for row in rows:
-            out.put(row)
+        for unit in rows:
+            for i, row in enumerate([unit] if isinstance(unit, Row) else unit):
+                out.put(row, units=int(i == 0))
             count += 1
             if count % 100 == 0:
                 advance(100)

@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from factory.findings import findings
-from factory.pair import audit
-from factory.rows import Pair, Row
+from factory.audit import audit
+from factory.findings import findings, length_predicts
+from factory.rows import Pair, Row, Unpaired
 from factory.run import StageFolder, write_bytes, write_json
 
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "choose")
@@ -67,6 +67,8 @@ def collect(run: Path) -> dict[str, Any]:
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),
     }
+    if hint := length_predicts(report["pairs"]):
+        report["warnings"].append(f"pairs: {hint}")
     return {**report, "findings": findings(report)}
 
 
@@ -137,7 +139,10 @@ def _curve(told: dict[str, Any]) -> list[dict[str, float]]:
 def _pairs(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any] | None:
     """What the last pairs would teach besides quality."""
     found = [folder for folder, told in stages if told["stage"] == "pair"]
-    return audit(found[-1].rows(Pair)) if found else None
+    if not found:
+        return None
+    kto = found[-1].manifest.get("knobs", {}).get("form") == "kto"
+    return audit(found[-1].rows(Unpaired if kto else Pair))
 
 
 def _lengths(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any]:

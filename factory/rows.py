@@ -269,6 +269,19 @@ class Pair(Row, frozen=True):
     parents: list[str] = []
 
 
+class Unpaired(Row, frozen=True):
+    """What KTO reads: an answer, and whether it is desirable."""
+
+    id: str
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    score: float | None = None
+    source: str = ""
+    model: str = ""
+    parents: list[str] = []
+
+
 decode_sample = msgspec.json.Decoder(Sample).decode
 decode_prompt = msgspec.json.Decoder(Prompt).decode
 

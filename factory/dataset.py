@@ -42,12 +42,14 @@ class Form:
         self.texts = True
         self.first: AnyRow | None = None
         self.scores: set[str] = set()
+        self.beside: set[str] = set()
         for split, row in self.read():
             self.rows[split] += 1
             self.first = self.first or row
             self.texts = self.texts and _is_text(row)
             if isinstance(row, TrainRow):
                 self.scores.update(row.scores)
+                self.beside |= {name for name, plain in (("weight", 1.0), ("masked", 0)) if getattr(row, name) != plain}
 
     def read(self) -> Iterator[tuple[str, AnyRow]]:
         yield from (("train", row) for row in self.config.train())
@@ -76,6 +78,7 @@ class Form:
         return {
             "prompt": said(row.prompt), "completion": said(row.completion), "id": row.id,
             "source": row.source, "model": row.model, "task": row.task,
+            **{name: getattr(row, name) for name in sorted(self.beside)},
             **{f"score_{name}": row.scores.get(name) for name in sorted(self.scores)},
             "parents": row.parents,
         }  # fmt: skip
@@ -86,14 +89,22 @@ class Form:
     def features(self) -> list[dict[str, Any]]:
         """The columns' types, as the card's header has them: otherwise readers guess them from the first rows."""
         said = {"prompt", "completion", "chosen", "rejected"}
-        numbers = {"margin", "chosen_score", "rejected_score", "score", *(f"score_{name}" for name in self.scores)}
+        numbers = {
+            "margin",
+            "chosen_score",
+            "rejected_score",
+            "score",
+            "weight",
+            *(f"score_{name}" for name in self.scores),
+        }
 
         def kind(column: str) -> dict[str, Any]:
             if column == "parents":
                 return {"list": "string"}
             if column in said and not self.texts:
                 return {"list": [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]}
-            return {"dtype": "float64" if column in numbers else "bool" if column == "label" else "string"}
+            others = {"label": "bool", "masked": "int64"}
+            return {"dtype": "float64" if column in numbers else others.get(column, "string")}
 
         return [{"name": column, **kind(column)} for column in self.columns(self.first)] if self.first else []
 
@@ -213,6 +224,8 @@ def _counts(forms: list[Form]) -> Iterator[str]:
         kinds: dict[type, str] = {Pair: "prompt, chosen, rejected", Unpaired: "prompt, completion, label (KTO)"}
         kind = kinds.get(type(form.first), "prompt, completion")
         how = "texts; the prompt is one user turn" if form.texts else "lists of messages (role, content)"
+        if "masked" in form.beside:
+            how += "; the first `masked` characters of a completion are to be seen, not learned"
         said = f"{kind}: {how}" if form.first else "empty"
         yield f"| {_cell(label)} | {form.rows['train']} | {form.rows['test']} | {said} |"
 

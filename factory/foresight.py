@@ -22,7 +22,9 @@ from factory.prompts import PromptLists
 from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.shape import Shape
 from factory.teachers.reference import Reference
+from factory.train import Train
 from factory.yamlfile import Path_
 
 
@@ -113,8 +115,17 @@ def _of_step(
                 if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
                     text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
                     yield Finding((i,), text, fatal=False)
+        case Shape() as knobs if "truth" in knobs.tasks and not _any_brings("references", before.sets, prompts):
+            yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")
         case PairUp() as knobs:
             yield from _paired(knobs, before)
+        case Train():
+            shapes = [steps[number - 1].knobs for number in step.reads]
+            if any(isinstance(one, Shape) and set(one.weights.values()) != {1.0} for one in shapes):
+                text = (
+                    "the trainer counts all rows alike; the weights of `shape` stand in the data set for other trainers"
+                )
+                yield Finding((), text, fatal=False)
 
 
 def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:

@@ -45,7 +45,7 @@ from factory.recipe_file import find
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
-from factory.shape import Shape, shape, student_view
+from factory.shape import Shape, lacking_truth, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
 from factory.weights import Weights
@@ -219,6 +219,8 @@ class Work:
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)
+                if lacking := lacking_truth(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
         if "requests" in facts and (servers := self.models.served(self.naming.asked(step))):
             facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)

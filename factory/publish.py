@@ -68,7 +68,8 @@ def _test_rows(
         filters = [f for s in recipe.stages if isinstance(s, Curate) for f in row_filters(s, models)]
         held_out = chain.from_iterable(prompts.test(one.title) for one in recipe.prompts)
         answers = (sample for sample in given(held_out) if accepts(filters, sample) is None)
-    yield from (row for row in shape(recipe.view(), by_prompt(answers)) if isinstance(row, TrainRow))
+    shaped = chain.from_iterable(shape(recipe.view().measured, by_prompt(answers)))
+    yield from (row for row in shaped if isinstance(row, TrainRow))
 
 
 def _card(recipe: Recipe, steps: list[Step], made: Made) -> dict[str, Any]:

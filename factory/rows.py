@@ -240,11 +240,13 @@ class Sample(Row, frozen=True):
 
 
 class TrainRow(Row, frozen=True):
-    """What supervised training reads: the asking is already erased."""
+    """What supervised training reads: the asking is already erased. The first `masked` characters of the completion are
+    seen, but not learned."""
 
     id: str
     prompt: list[Message]
     completion: list[Message]
+    masked: int = 0
     task: str = "answer"
     weight: float = 1.0
     source: str = ""

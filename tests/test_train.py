@@ -233,6 +233,30 @@ def test_labels_of_trl_are_the_answer_and_its_end(folder: Path, tmp_path: Path) 
     assert collated(folder, rows, tmp_path) == [f"{answer}<|im_end|>\n" for answer in [*answers, "Bye."]]
 
 
+TRACE = "<think>\nThe sky is blue.\n</think>\n\n"
+
+
+def test_a_masked_trace_is_seen_and_not_learned(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [sft_row(0, TRACE + "Yes.") | {"masked": len(TRACE)}, sft_row(1, TRACE + "No."), sft_row(2, "Yes.")]
+    assert collated(folder, rows, tmp_path) == ["Yes.<|im_end|>\n", f"{TRACE}No.<|im_end|>\n", "Yes.<|im_end|>\n"]
+    tokens = tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer, len(TRACE))
+    plain = tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer)
+    assert tokens.ids == plain.ids
+    assert "The sky is blue." in tokenizer.decode(tokens.ids)
+    (shown,) = preview(rows[:1], tokenizer)
+    assert [in_loss for _, in_loss in shown] == [int(in_loss) for in_loss in tokens.in_loss]
+    assert preflight(rows, tokenizer, 512)[0] == rows
+
+
+def test_a_trace_that_the_template_changes_is_not_masked_but_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("['content']", "['content'].split('</think>')[-1]").replace(
+        ".content", ".content.split('</think>')[-1]"
+    )
+    row = sft_row(0, TRACE + "Yes.") | {"masked": len(TRACE)}
+    with pytest.raises(Refused, match=r"row r0: .* its trace cannot be masked"):
+        preflight([row], tokenizer, 512)
+
+
 def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     rows = [sft_row(0), sft_row(1)]
     length = len(tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer).ids)
@@ -271,7 +295,6 @@ THINKING = TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif
             r"row r0: the beginning token '<\|endoftext\|>' stands twice",
         ),
         ({}, sft_row(0, "blue " * 80), "all 1 rows are longer than max_length=64"),
-        ({}, sft_row(0) | {"weight": 0.5}, "row r0: weights other than 1"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(tokenizer: Any, planted: dict[str, Any], row: Row, told: str) -> None:

@@ -52,6 +52,8 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, args.get("max_length", 1024))
+    if any(row.get("weight", 1.0) != 1.0 for row in kept):
+        notes.append("the rows have weights, which this trainer does not use: all rows count alike")
     log: list[dict[str, Any]] = []
     trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), _callback(told, log))
     if len(trainer.train_dataset) != len(kept) and not args.get("packing"):

@@ -43,21 +43,20 @@ def preflight(
 
 def _looked_at(row: dict[str, Any], tokenizer: Any) -> list[Tokens]:
     """The row's answers as tokens, each with its prompt; raises `Refused` for what would train wrongly."""
-    if row.get("weight", 1.0) != 1.0:
-        raise Refused("weights other than 1 are not supported yet")
     if "chosen" in row and row["chosen"] == row["rejected"]:
         raise Refused("chosen and rejected are the same; drop such pairs")
     answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
     if any(not "".join(message["content"] for message in answer).strip() for answer in answers):
         raise Refused("its answer is empty; filter such rows out")
-    seen = [tokenise(row["prompt"], answer, tokenizer) for answer in answers]
+    seen = [tokenise(row["prompt"], answer, tokenizer, row.get("masked", 0)) for answer in answers]
     for tokens, answer in zip(seen, answers, strict=True):
         _look(tokens, len(answer), tokenizer)
     return seen
 
 
-def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer: Any) -> Tokens:
-    """A conversation as token ids, with the loss on what follows the prompt as it is asked at inference."""
+def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer: Any, masked: int = 0) -> Tokens:
+    """A conversation as token ids, with the loss on what follows the prompt as it is asked at inference, and on that
+    behind the first `masked` characters of the answer."""
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     if not whole.startswith(asked):
@@ -65,6 +64,14 @@ def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokeniz
             "the chat template renders a conversation for training unlike the prompt at inference "
             f"(…{asked[-40:]!r} is not how …{whole[:60]!r} begins); use a template whose answer follows add_generation_prompt"
         )
+    if masked:
+        begin = asked + answer[0]["content"][:masked]
+        if not whole.startswith(begin):
+            raise Refused(
+                "the chat template does not put the answer as it is behind the prompt, so its trace cannot be masked; "
+                "use reasoning: drop, or another template"
+            )
+        asked = begin
     head: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(whole, add_special_tokens=False)["input_ids"]
     # a token may span the border: then the border moves to where both agree
@@ -119,7 +126,7 @@ def preview(rows: list[dict[str, Any]], tokenizer: Any, count: int = 3) -> list[
     """The first rows as [token, in the loss: 0 or 1], for people."""
     shown = []
     for row in rows[:count]:
-        tokens = tokenise(row["prompt"], row.get("completion") or row["chosen"], tokenizer)
+        tokens = tokenise(row["prompt"], row.get("completion") or row["chosen"], tokenizer, row.get("masked", 0))
         texts = tokenizer.convert_ids_to_tokens(tokens.ids)
         shown.append([[text, int(in_loss)] for text, in_loss in zip(texts, tokens.in_loss, strict=True)])
     return shown

@@ -12,7 +12,9 @@ def sft(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: dict[str, 
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+    masked = any(row.get("masked") for row in rows)
+    columns = _tokenised if masked else _texts  # TRL's own masks end where the answer begins
+    data = Dataset.from_list([columns(row, tokenizer) for row in rows])
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**{"packing_strategy": "bfd"} | args), train_dataset=data, processing_class=tokenizer,
         peft_config=peft, callbacks=[callback],
@@ -22,10 +24,21 @@ def sft(model: Any, tokenizer: Any, rows: list[dict[str, Any]], args: dict[str, 
     return trainer
 
 
+def _texts(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def _tokenised(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Tokens with labels, which TRL takes as they are; -100 is outside the loss."""
+    tokens = tokenise(row["prompt"], row["completion"], tokenizer, row.get("masked", 0))
+    labels = [token if in_loss else -100 for token, in_loss in zip(tokens.ids, tokens.in_loss, strict=True)]
+    return {"input_ids": tokens.ids, "labels": labels}
+
+
 def _same(made: Any, rows: list[dict[str, Any]], tokenizer: Any) -> None:
     """What TRL made is what the preflight saw: the same tokens, the same of them in the loss."""
     for row, got in zip(rows[:LOOKED_AT], made.select(range(min(LOOKED_AT, len(made)))), strict=False):
-        ours = tokenise(row["prompt"], row["completion"], tokenizer)
+        ours = tokenise(row["prompt"], row["completion"], tokenizer, row.get("masked", 0))
         mask = (
             [label != -100 for label in got["labels"]] if "labels" in got else [bool(m) for m in got["completion_mask"]]
         )

@@ -72,6 +72,7 @@ class _Seen:
             "n": self.count,
             "sides": {side: self.rows.get(side, 0) for side in self.sides},
             "length_auc": _auc(good, bad),
+            "equal_texts": self.equal,
             "duplicates": sum(len(part) - len(set(part)) for part in self.ids),
             "mean_words": {side: self.words[side] / max(self.rows.get(side, 0), 1) for side in self.sides},
             "models": {
@@ -83,7 +84,6 @@ class _Seen:
             told |= {
                 "chosen_longer": self.longer / self.count,
                 "chosen_shorter": self.shorter / self.count,
-                "equal_texts": self.equal,
                 "margins": _histogram(self.margins),
             }
         return told

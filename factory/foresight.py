@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from factory.choose import Choose
+from factory.choose import Choose, Quota
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
@@ -108,6 +108,9 @@ def _of_step(
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
                 text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"
                 yield Finding(("prompts",), text)
+        case Choose(quota=Quota(by="source", most=dict(most))) if unknown := [n for n in most if n not in before.sets]:
+            text = f"no rows of a prompt list {unknown[0]!r} get here; {nearest(unknown[0], before.sets)}"
+            yield Finding(("quota", "most"), text)
         case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
             yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
         case Curate() as knobs:

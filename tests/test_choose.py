@@ -242,6 +242,11 @@ def test_with_a_score_the_best_of_a_trace_stays_and_the_cap_counts_traces() -> N
     ]  # fmt: skip
     capped = ["", "same_trace", "", "over_cap=3>2", "over_cap=4>2"]
     assert sorted(chosen({"distinct": "equations", "cap": 2}, rows)) == sorted(capped)
+    far = [
+        answer(t, draw=i, scores={"s": -float(i)}) for i, t in enumerate(["1+1 = 2", "2*1 = 2", "and so on: 1+1 = 2"])
+    ]
+    assert chosen({"distinct": "equations", "by": "s"}, far) == ["", "", "same_trace"]
+    assert chosen({"distinct": "equations"}, far) == ["same_trace", "", ""]
     unscored = [answer("1+1 = 2", draw=9), *rows]
     assert chosen({"distinct": "equations", "by": "s"}, unscored)[0] == "no_score:s"
 

@@ -170,6 +170,10 @@ MISTAKES = [
     (JUDGED % "{form: kto}", "go together"),
     ("  - shape: {tasks: [truth]}\n", "nothing of the teacher's"),
     ("  - choose: {quota: {by: source}}\n", "most"),
+    (
+        "  - choose: {quota: {by: source, most: {qz: 3}}}\n",
+        "quota.most: no rows of a prompt list 'qz' get here; did you mean 'qs'?",
+    ),
 ]
 
 

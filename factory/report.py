@@ -180,7 +180,15 @@ def _warnings(stages: list[tuple[StageFolder, dict[str, Any]]], evaluations: lis
             count = f"{draws['unreadable']:,} of {draws['planned']:,}"
             told.append(f"{_title(m)}: {count} verdicts could not be read; the first verdict: {draws['flaw']}")
     told += [f"{_title(m)}: nothing was kept" for _, m in stages if m["in"] and not m["kept"]]
+    told += [f"{_title(m)}: {note}" for folder, m in stages for note in _training_notes(folder, m)]
     return told + [note for evaluation in evaluations for note in evaluation.get("notes", [])]
+
+
+def _training_notes(folder: StageFolder, manifest: dict[str, Any]) -> list[str]:
+    """What the trainer changed of the student's tokens, or does not do with the rows."""
+    path = folder.path / "training.json"
+    notes: list[str] = _json(path).get("notes", []) if manifest["stage"] == "train" and path.is_file() else []
+    return notes
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def test_lengths_of_a_few_answers(length: int, tmp_path: Path) -> None:
     assert (bins[-1]["dropped"], bins[-1]["from"] <= 700 <= bins[-1]["to"]) == (1, True)
 
 
+def test_what_the_trainer_notes_is_a_warning(tmp_path: Path) -> None:
+    told = report.build(finish(tmp_path, [trained(tmp_path, notes=["all rows count alike"])]))
+    assert told["warnings"] == ["08-student: all rows count alike"]
+
+
 def test_a_training_that_diverged_still_has_its_report(tmp_path: Path) -> None:
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": float("nan")}]
     folder = trained(tmp_path)

@@ -97,7 +97,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     jobs = {
         "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
         "dpo": Ran(place / "dpo", folder, [pair(i) for i in range(8)], method="dpo", args=SMALL),
-        "lora": Ran(place / "lora", bare, rows, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
+        "lora": Ran(place / "lora", bare, [row | {"weight": 0.5} for row in rows], method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
     }  # fmt: skip
@@ -160,6 +160,12 @@ def test_a_student_is_a_plain_folder_that_ends_its_answers(ran: Any, folder: Pat
             assert not (student / "adapter_config.json").exists()
         else:
             assert changed == before.keys()
+
+
+def test_it_is_told_that_weights_are_not_used(ran: Any) -> None:
+    _, result = ran["lora"]
+    assert result.result()["notes"] == ["the rows have weights, which this trainer does not use: all rows count alike"]
+    assert ran["dpo"][1].result()["notes"] == []
 
 
 def test_dpo_logs_rewards_and_learns_the_preference(ran: Any) -> None:

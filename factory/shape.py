@@ -104,22 +104,22 @@ def _said(knobs: Shape, sample: Sample) -> _Said | Verdict:
 def _rows(knobs: Shape, sample: Sample, said: _Said) -> list[TrainRow | Sample]:
     rows: list[TrainRow | Sample] = []
     for task, weight in knobs.weights.items():
-        text, masked = (said.trace if task == "rationale" else said.answer), 0
+        text, unlearned = (said.trace if task == "rationale" else said.answer), 0
         if task == "answer" and knobs.reasoning != "drop" and said.trace:
             opening = f"<think>\n{said.trace}\n</think>\n\n"
-            text, masked = opening + text, len(opening) if knobs.reasoning == "mask" else 0
+            text, unlearned = opening + text, len(opening) if knobs.reasoning == "mask" else 0
         if task != "truth":
-            rows.append(_row(knobs, sample, task, weight, text, masked))
+            rows.append(_row(knobs, sample, task, weight, text, unlearned))
     return rows
 
 
-def _row(knobs: Shape, sample: Sample, task: Task, weight: float, text: str, masked: int = 0) -> TrainRow:
+def _row(knobs: Shape, sample: Sample, task: Task, weight: float, text: str, unlearned: int = 0) -> TrainRow:
     told = (sample.prompt.id, text) if task == "answer" else (sample.prompt.id, text, task)
     return TrainRow(
         id=digest(*told, size=8),
         prompt=student_view(knobs, sample.prompt, task),
         completion=[Message(role="assistant", content=text)],
-        masked=masked,
+        masked=unlearned,
         task=task,
         weight=weight,
         source=sample.prompt.source,

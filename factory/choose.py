@@ -8,7 +8,8 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -83,6 +84,17 @@ def choose(knobs: Choose, read: Look, seed: int) -> Iterator[Sample]:
     for group in read():
         chosen = _of_prompt(knobs, group, seed)
         yield from chosen if drawing is None else drawing.judge(chosen)
+
+
+def unmet(knobs: Choose, groups: Iterable[list[Sample]]) -> list[str]:
+    """For people: names that a quota limits and no row counts for; most often they are misspelt."""
+    if knobs.quota is None or isinstance(knobs.quota.most, int):
+        return []
+    lacking = dict.fromkeys(knobs.quota.most)
+    for sample in chain.from_iterable(groups):
+        if (share := knobs.quota.share(sample)) is not None:
+            lacking.pop(share[0], None)
+    return [f"quota: no row counts for the {knobs.quota.by} {name!r}" for name in lacking]
 
 
 class _Drawing:

@@ -22,7 +22,7 @@ from factory import __version__, report
 from factory.ask import Desk, Lost, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
-from factory.choose import Choose, choose
+from factory.choose import Choose, choose, unmet
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
@@ -216,6 +216,8 @@ class Work:
             case Choose() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)
+                if lacking := unmet(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)

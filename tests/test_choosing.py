@@ -75,8 +75,10 @@ def test_a_filter_and_its_control_are_two_runs_of_one_recipe(tmp_path: Path) -> 
 
 
 def test_a_quota_shows_up_in_the_funnel(tmp_path: Path) -> None:
-    where = folder(tmp_path, "  - choose: {quota: {by: tag, most: {math: 5, chat: 3}}}\n")
-    assert stages(run(where))["choose"] == (40, 8, 32, 0, {"over_quota": 32})
+    where = folder(tmp_path, "  - choose: {quota: {by: tag, most: {math: 5, chat: 3, maths: 9}}}\n")
+    told = run(where)
+    assert stages(told)["choose"] == (40, 8, 32, 0, {"over_quota": 32})
+    assert told["warnings"] == ["02-choose: quota: no row counts for the tag 'maths'"]
     assert Counter(int(row["prompt"].split()[1].strip("?")) % 2 for row in rows(where)) == {1: 5, 0: 3}
 
 
@@ -172,7 +174,7 @@ MISTAKES = [
     ("  - choose: {quota: {by: source}}\n", "most"),
     (
         "  - choose: {quota: {by: source, most: {qz: 3}}}\n",
-        "quota.most: no rows of a prompt list 'qz' get here; did you mean 'qs'?",
+        "recipe.yaml:9: no rows of a prompt list 'qz' get here; did you mean 'qs'?",
     ),
 ]
 

@@ -16,6 +16,7 @@ The map, in the order that data flows (a file imports only from files above it):
     filters/, curate         seam 3: what to keep; stage `filter`
     rubric, judge            stage: scores by a model
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
+    audit                    what preference rows would teach besides quality
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
     stats, evaluate          intervals; stage `evaluate`

@@ -95,13 +95,13 @@ def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]
         for url in entry.urls():
             if problem := url_problem(url, allow_http):
                 yield ("models", name, "base_url"), f"models.{name}: {problem}"
-    for i, stage in enumerate(recipe.stages):
+    for stage, at, _ in recipe.placed:
         if isinstance(stage, Generate):
             for name in stage.models:
                 asked = recipe.models.get(name)  # a name that is no model there is a student, which answers here
                 if why := (asked.abilities(runs) if asked else LOCAL).refusal(stage.sampling()):
                     hint = "" if asked is None else "; if it does by now, say so in its `capabilities:`"
-                    yield ("stages", i, "generate"), f"models.{name}: {why}{hint}"
+                    yield at, f"models.{name}: {why}{hint}"
 
 
 def live(recipe: Recipe, runs: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from factory.choose import Choose
+from factory.choose import Choose, Quota
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
@@ -22,7 +22,9 @@ from factory.prompts import PromptLists
 from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.shape import Shape
 from factory.teachers.reference import Reference
+from factory.train import Train
 from factory.yamlfile import Path_
 
 
@@ -78,7 +80,7 @@ def _behind(step: Step, before: _Flow) -> _Flow:
                 return before._replace(scores=None)
             return before._replace(scores=before.scores | {name})
         case Choose(per="prompt") as knobs:
-            return before._replace(most=min(before.most, knobs.best or knobs.cap or 0))
+            return before._replace(most=min(before.most, knobs.best or knobs.cap or math.inf))
         case _:
             return before
 
@@ -106,6 +108,9 @@ def _of_step(
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
                 text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"
                 yield Finding(("prompts",), text)
+        case Choose(quota=Quota(by="source", most=dict(most))) if unknown := [n for n in most if n not in before.sets]:
+            text = f"no rows of a prompt list {unknown[0]!r} get here; {nearest(unknown[0], before.sets)}"
+            yield Finding(("quota", "most"), text)
         case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
             yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
         case Curate() as knobs:
@@ -113,12 +118,21 @@ def _of_step(
                 if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
                     text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
                     yield Finding((i,), text, fatal=False)
+        case Shape() as knobs if "truth" in knobs.tasks and not _any_brings("references", before.sets, prompts):
+            yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")
         case PairUp() as knobs:
             yield from _paired(knobs, before)
+        case Train():
+            shapes = [steps[number - 1].knobs for number in step.reads]
+            if any(isinstance(one, Shape) and set(one.weights.values()) != {1.0} for one in shapes):
+                text = (
+                    "the trainer counts all rows alike; the weights of `shape` stand in the data set for other trainers"
+                )
+                yield Finding((), text, fatal=False)
 
 
 def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
-    if before.most < 2:
+    if before.most < 2 and knobs.form == "pairs":
         yield Finding(
             (), "a pair needs two answers to a prompt, and at most one gets here; ask several models, or raise n"
         )

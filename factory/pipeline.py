@@ -7,7 +7,7 @@ same command again does nothing twice, and a changed filter re-runs from there a
 import asyncio
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from functools import partial
@@ -22,7 +22,7 @@ from factory import __version__, report
 from factory.ask import Desk, Lost, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
-from factory.choose import Choose, choose
+from factory.choose import Choose, choose, unmet
 from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
@@ -35,7 +35,7 @@ from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
 from factory.knobs import written_out
 from factory.models import Models
 from factory.naming import Naming
-from factory.pair import PairUp, pair
+from factory.pair import PairUp, pair, unpaired
 from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
 from factory.prompt_spool import spooled
@@ -47,7 +47,7 @@ from factory.rounds import Measured, Rounds
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
-from factory.shape import Shape, shape, student_view
+from factory.shape import Shape, lacking_truth, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
 
@@ -226,16 +226,22 @@ class Work:
             case Given():
                 planned = _put_all(out, given(self._prompts(step)), step.title)
             case PairUp() as knobs:
-                planned = self._pair(knobs, step, out)
+                planned = self._pair(knobs, step, out, facts)
             case Curate() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, curate(knobs, partial(self._groups, step), self.models), step.title, planned)
+                _put_all(
+                    out, curate(knobs, partial(self._groups, step), self.models, self.recipe.seed), step.title, planned
+                )
             case Choose() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, choose(knobs, self._groups(step)), step.title, planned)
+                _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)
+                if lacking := unmet(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)
+                if lacking := lacking_truth(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
         if "requests" in facts and (servers := self.models.served(self.naming.asked(step))):
             facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)
@@ -308,9 +314,12 @@ class Work:
         facts["draws"] |= {"unreadable": out.reasons[UNREADABLE] + out.reasons[TRUNCATED], "flaw": tally.flaw}
         return total
 
-    def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
-        """The unit is the prompt, and each gives one row: a pair, or the reason why not."""
+    def _pair(self, knobs: PairUp, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        """The unit is the prompt, and each gives pairs, or the reason why not; for KTO it is the sample."""
         view = partial(student_view, self.recipe.view())
+        if knobs.form == "kto":
+            facts["unit"] = "samples"
+            return _put_all(out, unpaired(knobs, self._groups(step), view), step.title, self._rows_in(step))
         _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view), step.title)
         return sum(1 for _ in self._groups(step))
 
@@ -360,12 +369,13 @@ class Work:
         return len(answers)
 
 
-def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:
-    """Write all rows, showing how far it is; returns how many."""
+def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, total: int | None = None) -> int:
+    """Write all rows, showing how far it is; returns how many. Rows in a list are one unit together."""
     count = 0
     with bar(label, total) as advance:
-        for row in rows:
-            out.put(row)
+        for unit in rows:
+            for i, row in enumerate([unit] if isinstance(unit, Row) else unit):
+                out.put(row, units=int(i == 0))
             count += 1
             if count % 100 == 0:
                 advance(100)

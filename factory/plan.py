@@ -21,7 +21,7 @@ from factory.train import METHODS, Train
 from factory.yamlfile import Path_
 
 Until = Literal["build", "train", "eval", "run"]
-Made = Literal["samples", "rows", "pairs"]
+Made = Literal["samples", "rows", "pairs", "unpaired rows"]
 
 MAKES: dict[type, Made] = {
     Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Choose: "samples", Shape: "rows", PairUp: "pairs",
@@ -125,7 +125,7 @@ class _Drawing:
 
     def finish(self) -> None:
         """A data set wants training rows: shape the last samples, unless pairs or rows came last."""
-        last = self._latest("samples", "rows", "pairs") or (self._put(Given(), (), self._all_sets),)
+        last = self._latest("samples", "rows", "pairs", "unpaired rows") or (self._put(Given(), (), self._all_sets),)
         if self._made[last[-1]] == "samples":
             self._put(Shape(), last, ())
 
@@ -137,7 +137,8 @@ class _Drawing:
         number = len(self.steps) + 1
         self.steps.append(Step(number, knobs, reads, sets, self.round))
         if type(knobs) in MAKES:
-            self._made[number] = MAKES[type(knobs)]
+            kto = isinstance(knobs, PairUp) and knobs.form == "kto"
+            self._made[number] = "unpaired rows" if kto else MAKES[type(knobs)]
         if knobs.as_ and not isinstance(knobs, Train):
             self._named[knobs.as_] = number
         return number

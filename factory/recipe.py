@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,8 +209,13 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         if score == "logprob" and (silent := _tells_no_logprob(recipe, i)):
             yield at, f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
     match stage:
-        case Generate(until=until) if until and not (made.lacks("stages") or _next_is_filter(recipe, i)):
+        case Generate(until=until) if until and not (made.lacks("stages") or _filters_behind(recipe, i)):
             yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
+        case Generate(until=until) if until and any(one.control for one in _filters_behind(recipe, i)):
+            yield (
+                ("until",),
+                "until asks for what the filter accepts, so a random control behind it would be none; use n",
+            )
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
@@ -273,8 +279,10 @@ def _no_tokenizer(recipe: Recipe, counting: Tokens) -> str | None:
     return None
 
 
-def _next_is_filter(recipe: Recipe, i: int) -> bool:
-    return i + 1 < len(recipe.stages) and isinstance(recipe.stages[i + 1], Curate)
+def _filters_behind(recipe: Recipe, i: int) -> list[Curate]:
+    """The `filter` stages right behind stage `i`."""
+    behind = takewhile(lambda stage: isinstance(stage, Curate), recipe.stages[i + 1 :])
+    return [stage for stage in behind if isinstance(stage, Curate)]
 
 
 def _tells_no_logprob(recipe: Recipe, i: int) -> str | None:

@@ -261,11 +261,13 @@ class Sample(Row, frozen=True):
 
 
 class TrainRow(Row, frozen=True):
-    """What supervised training reads: the asking is already erased."""
+    """What supervised training reads: the asking is already erased. The first `masked` characters of the completion are
+    seen, but not learned."""
 
     id: str
     prompt: list[Message]
     completion: list[Message]
+    masked: int = 0
     task: str = "answer"
     weight: float = 1.0
     source: str = ""
@@ -287,6 +289,19 @@ class Pair(Row, frozen=True):
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: str = ""
+    parents: list[str] = []
+
+
+class Unpaired(Row, frozen=True):
+    """What KTO reads: an answer, and whether it is desirable."""
+
+    id: str
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    score: float | None = None
+    source: str = ""
+    model: str = ""
     parents: list[str] = []
 
 

@@ -50,6 +50,8 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
+    if any(row.get("weight", 1.0) != 1.0 for row in kept):
+        notes.append("the rows have weights, which this trainer does not use: all rows count alike")
     setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
     trainer = TRAINERS[job["method"]](setup)
     wanted = len(kept) * METHODS[job["method"]].rows_each

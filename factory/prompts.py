@@ -33,12 +33,14 @@ NEAR = 0.8
 
 
 class PromptSet(Knobs):
-    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns."""
+    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns;
+    `licence` is told in the data set's card."""
 
     path: str = Field(min_length=1)
     name: str | None = None
     split: str | None = None
     columns: dict[Column, str] = {}
+    licence: str | None = Field(None, min_length=1)
     take: int | None = Field(None, gt=0)
     held_out: int = Field(0, ge=0)
 
@@ -98,7 +100,8 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
     of prompts that do not go into `train`. `wanted` is how many were to be held out; `references` and `answers`, how many
-    prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
+    prompts have one; `scores`, the names of the answers' scores; `again`, how many bring another answer to a prompt that
+    stands before them."""
 
     name: str
     wanted: int = 0
@@ -111,6 +114,7 @@ class PromptList:
     straddling: int = 0
     references: int = 0
     answers: int = 0
+    scores: set[str] = field(default_factory=set)
     again: int = 0
 
     def add(self, line: int, prompt: Prompt) -> None:
@@ -119,6 +123,7 @@ class PromptList:
         self.ids.append(int(prompt.id, 16))
         self.references += prompt.reference is not None
         self.answers += prompt.completion is not None
+        self.scores.update(prompt.scores)
 
     @property
     def kept(self) -> Iterator[tuple[int, Prompt]]:
@@ -290,11 +295,15 @@ class _Seen:
                 f"{self.path}: lines {first_line} and {line} ask the same, but their references differ: "
                 f"{_shown(first.reference)} and {_shown(prompt.reference)}"
             )
-        answers = self._answers.setdefault(prompt.id, {digest(first.completion)})
-        if (answer := digest(prompt.completion)) in answers:
+        answers = self._answers.setdefault(prompt.id, {_answer(first)})
+        if (answer := _answer(prompt)) in answers:
             return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first_line}", evidence=prompt.id)
         answers.add(answer)
         return None
+
+
+def _answer(prompt: Prompt) -> str:
+    return digest(prompt.completion, prompt.rejected)
 
 
 def _shown(reference: str | None) -> str:

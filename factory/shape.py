@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from factory.knobs import Knobs
-from factory.rows import Message, Prompt, Sample, TrainRow, Verdict, digest
+from factory.rows import GIVEN, LABEL, Message, Prompt, Sample, TrainRow, Verdict, digest
 
 
 class Shape(Knobs):
@@ -24,9 +24,12 @@ class Shape(Knobs):
 
 
 def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[TrainRow | Sample]:
-    """A training row per sample; a truncated or empty answer is never data and comes back with the reason."""
+    """A training row per sample; a truncated or empty answer, or one that came as rejected, is never data."""
     for sample in (sample for group in groups for sample in group):
         text = sample.response.strip()
+        if sample.model == GIVEN and sample.scores.get(LABEL) == 0:
+            yield sample.judged(Verdict(filter="shape", keep=False, reason="not_wanted"))
+            continue
         if sample.finish != "stop" or not text:
             reason = "empty" if sample.finish == "stop" else f"truncated:{sample.finish}"
             yield sample.judged(Verdict(filter="shape", keep=False, reason=reason))

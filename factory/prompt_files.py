@@ -159,7 +159,7 @@ def _separator(header: str) -> str:
 
 
 def _parquet(path: Path) -> Numbered:
-    parquet = _extra("pyarrow.parquet", path)
+    parquet = extra("pyarrow.parquet", path)
     with _readable(str(path)):
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
@@ -167,7 +167,7 @@ def _parquet(path: Path) -> Numbered:
 
 def _dataset(path: str, split: str | None) -> Numbered:
     """A hub data set, a folder that looks like one, or what `save_to_disk` wrote; remote ones are streamed."""
-    datasets = _extra("datasets", path)
+    datasets = extra("datasets", path)
     with _readable(path):
         saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, streaming=True)
@@ -194,12 +194,13 @@ def _readable(path: str) -> Iterator[None]:
         raise RecipeError(f"{path}: cannot be read as a data set: {type(e).__name__}: {told}") from e
 
 
-def _extra(module: str, path: str | Path) -> Any:
+def extra(module: str, path: str | Path) -> Any:
+    """A module of the extra `parquet`, for a file that needs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise RecipeError(
-            f"{path}: reading it needs {module.partition('.')[0]}: pip install 'distillation-factory[parquet]'"
+            f"{path}: it needs {module.partition('.')[0]}: pip install 'distillation-factory[parquet]'"
         ) from None
 
 

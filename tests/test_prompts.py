@@ -218,7 +218,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path, librar
     write_all(tmp_path)
     hidden = f"import sys; sys.modules[{library!r}] = None  # as if it were not installed\n"
     told = child(hidden + READ_ONE, path if "/" in path else str(tmp_path / path))
-    assert f"reading it needs {library}: pip install 'distillation-factory[parquet]'" in told
+    assert f"it needs {library}: pip install 'distillation-factory[parquet]'" in told
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error(tmp_path: Path) -> None:

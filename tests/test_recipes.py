@@ -1,5 +1,6 @@
 """The CPU-size recipes, as they ship, from end to end; only the weights are exchanged for tiny models that can answer."""
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,4 +171,4 @@ def test_curate_needs_no_model_and_keeps_the_best_rated_answers(tmp_path: Path) 
     assert len(rows) == len({row["prompt"] for row in rows}) == 12
     assert {row["score_score"] for row in rows} == {5.0}
     asked = [row["prompt"]["id"] for row in of(folder, "01-given")]
-    assert sum(a != b for a, b in zip(asked, asked[1:], strict=False)) == 11  # answers to one prompt stand together
+    assert sum(a != b for a, b in itertools.pairwise(asked)) == 11  # answers to one prompt stand together

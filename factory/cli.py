@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--config", help="one of the data set's configs (default: its default one)")
     verb.add_argument("--split", default="train", help="train or test (default: train)")
     verb.set_defaults(verb=_export)
+    verb = verbs.add_parser("push", help="a run's data set to a hub; private, and only with the teachers' terms stated")
+    _run_arguments(verb)
+    verb.add_argument(
+        "--to", required=True, metavar="USER/NAME", help="the data set's id on the hub (HF_ENDPOINT, or huggingface.co)"
+    )
+    verb.add_argument("--public", action="store_true", help="for everybody to see; without it, private")
+    verb.add_argument("--dry-run", action="store_true", help="only say what would be sent")
+    verb.set_defaults(verb=_push)
     _journal_verbs(verbs.add_parser("journal", help="what was paid for: stats, verify, export, import, purge"))
     return parser
 
@@ -232,6 +240,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
     a = arguments
     print(export(_run_folder(a), a.form, a.to, a.config, a.split))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from factory.push import push
+
+    a = arguments
+    for line in push(_run_folder(a), a.to, a.public, a.dry_run):
+        print(line, flush=True)
     return 0
 
 

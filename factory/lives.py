@@ -28,6 +28,8 @@ SHOWN = 600
 """Characters of a text that are shown of a row's life."""
 IN_LIST = 70
 """The same in a list of rows."""
+MANY = 1000
+"""Ids with the same beginning after which no more are looked for."""
 
 Row = Sample | TrainRow | Pair
 _dict = msgspec.json.Decoder(dict[str, Any]).decode
@@ -84,12 +86,16 @@ def _resolve(folder: Path, said: str) -> tuple[str, str | None]:
         for part, one in ids.items():
             if str(one).startswith(said):
                 found.setdefault(str(one), "a prompt" if part == "prompt" else what if part == "row" else "an answer")
+        if len(found) > MANY:
+            break
     if not found:
         found = {asked.prompt.id: "a prompt" for asked in _in_lists(folder, said)}
         found |= {e.id: "a row that is no prompt" for e in _no_prompts(folder) if e.id and e.id.startswith(said)}
     if said not in found and len(found) > 1:
         some = ", ".join(f"{one} ({what})" for one, what in islice(found.items(), 6))
-        raise RecipeError(f"--row {said}: {len(found)} rows begin so: {some}; give more of the id")
+        raise RecipeError(
+            f"--row {said}: {len(found)}{' or more' if len(found) > MANY else ''} rows begin so: {some}; give more of the id"
+        )
     if not found:
         raise RecipeError(f"--row {said}: no row of {folder} has an id that begins so; `--drops REASON` lists some")
     id_ = said if said in found else next(iter(found))

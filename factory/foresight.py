@@ -102,7 +102,7 @@ def _of_step(
         case Generate() as knobs:
             sets = before.sets.union(step.sets)
             known = all(isinstance(recipe.models.get(name), Reference) for name in knobs.models)
-            if known and not _any_brings("references", sets, prompts):
+            if known and not any(_any_brings(what, sets, prompts) for what in ("references", "answers")):
                 yield Finding(("model",), f"no prompt of {_of(sets)} has a `reference` that could be the answer")
         case Given() if not _any_brings("answers", step.sets, prompts):
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none

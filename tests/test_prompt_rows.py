@@ -397,3 +397,10 @@ def test_answers_to_one_prompt_come_together_wherever_they_stand(tmp_path: Path)
     assert [(s.prompt.text, s.response, s.draw) for s in samples_of(side_by_side(one.train))] == [
         ("p", "1", 0), ("p", "4", 1), ("q", "2", 0), ("q", "5", 1), ("r", "3", 0),
     ]  # fmt: skip
+
+
+def test_another_rejected_answer_is_another_row_and_the_same_one_a_duplicate(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": worse} for worse in ("b", "c", "b")]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows))
+    assert [prompt.rejected for prompt in one.train] == ["b", "c"]
+    assert [(ending.row, ending.kind) for ending in one.endings] == [(3, "duplicate")]

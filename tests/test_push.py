@@ -136,9 +136,14 @@ def test_the_folder_is_sent_as_it_is_and_private(tmp_path: Path) -> None:
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("terms", [None, '" "'])
-def test_without_the_teachers_terms_nothing_is_sent(tmp_path: Path, terms: str | None) -> None:
-    run = built(tmp_path, terms)
+def test_terms_that_say_nothing_are_none(tmp_path: Path) -> None:
+    asked_too(built(tmp_path, '" "'))
+    done = typed(tmp_path, "push", "tiny", "--to", "me/data", "--dry-run")
+    told(done, 2, "the terms of models.teacher are not stated")
+
+
+def test_without_the_teachers_terms_nothing_is_sent(tmp_path: Path) -> None:
+    run = built(tmp_path, None)
     verb = ["push", "tiny", "--to", "me/data"]
     assert typed(tmp_path, *verb, "--dry-run").returncode == 0  # it has answered nothing
     asked_too(run)
@@ -171,7 +176,7 @@ def test_a_public_data_set_that_is_there_already_gets_nothing_unless_it_is_said(
     assert set(hub.files) == {"README.md", "train.jsonl"}
 
 
-@pytest.mark.parametrize(("status", "code"), [(401, 4), (403, 4), (404, 2)])
+@pytest.mark.parametrize(("status", "code"), [(403, 4), (404, 2)])
 def test_what_the_hub_refuses_is_told(tmp_path: Path, status: int, code: int) -> None:
     built(tmp_path)
     with serving(Hub(status=status)) as hub:

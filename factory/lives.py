@@ -107,7 +107,7 @@ def _seen(folder: Path, ids: Iterable[str]) -> Iterator[Seen]:
     wanted = set(ids)
     kinds: dict[str, type[Row]] = {"an answer": Sample, "a pair": Pair, "a training row": TrainRow}
     for (stage, ending), what, row in _with(folder, [f'"{one}"' for one in wanted]):
-        prompt = row["prompt"]["id"] if isinstance(row["prompt"], dict) else None
+        prompt = row["prompt"]["id"] if isinstance(row.get("prompt"), dict) else None
         if {row["id"], prompt, *row.get("parents", [])} & wanted:
             yield Seen(stage, ending, msgspec.convert(row, kinds[what]))
 

@@ -279,7 +279,7 @@ class _Seen:
     def __init__(self, one: PromptList, path: str) -> None:
         self.one, self.path = one, path
         self._first: dict[int, int] = {}  # id -> position in the list
-        self._answers: dict[str, set[str]] = {}
+        self._answers: dict[str, dict[str, dict[str, float]]] = {}  # id -> answer -> its scores
 
     def first(self, prompt: Prompt) -> int | None:
         """Where in the list the same messages stand already; a new prompt is remembered."""
@@ -295,10 +295,11 @@ class _Seen:
                 f"{self.path}: lines {first_line} and {line} ask the same, but their references differ: "
                 f"{_shown(first.reference)} and {_shown(prompt.reference)}"
             )
-        answers = self._answers.setdefault(prompt.id, {_answer(first)})
+        answers = self._answers.setdefault(prompt.id, {_answer(first): first.scores})
         if (answer := _answer(prompt)) in answers:
-            return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first_line}", evidence=prompt.id)
-        answers.add(answer)
+            again = "duplicate" if answers[answer] == prompt.scores else "scored_twice"  # the first score stands
+            return Ending(row=line, id=prompt.id, reason=f"{again}: of line {first_line}", evidence=prompt.id)
+        answers[answer] = prompt.scores
         return None
 
 

@@ -48,6 +48,8 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "vllm", "openai", "pyarrow"
         "check zephyr",
         "ls",
         "show tiny",
+        "show tiny --drops",
+        "export tiny --form messages --to out.jsonl",
         "run nowhere",
         "build recipe.yaml",
     ],
@@ -61,7 +63,7 @@ def test_light_commands_load_nothing_heavy(tmp_path: Path, command: str) -> None
     )
     with in_thread() as server:
         folder(tmp_path, recipe(server.url))
-        if command.startswith("show"):
+        if command.startswith(("show", "export")):
             assert factory(tmp_path, "build", "recipe.yaml").returncode == 0
         done = subprocess.run(
             [sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True,

@@ -404,3 +404,10 @@ def test_another_rejected_answer_is_another_row_and_the_same_one_a_duplicate(tmp
     one = loaded(jsonl(tmp_path / "a.jsonl", rows))
     assert [prompt.rejected for prompt in one.train] == ["b", "c"]
     assert [(ending.row, ending.kind) for ending in one.endings] == [(3, "duplicate")]
+
+
+def test_one_answer_with_two_scores_is_told_and_the_first_stands(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False, True)]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows))
+    assert [prompt.scores for prompt in one.train] == [{"label": 1.0}]
+    assert [ending.reason for ending in one.endings] == ["scored_twice: of line 1", "duplicate: of line 1"]

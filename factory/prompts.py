@@ -279,7 +279,7 @@ class _Seen:
     def __init__(self, one: PromptList, path: str) -> None:
         self.one, self.path = one, path
         self._first: dict[int, int] = {}  # id -> position in the list
-        self._answers: dict[str, dict[str, dict[str, float]]] = {}  # id -> answer -> its scores
+        self._answers: dict[int, int] = {}  # prompt and answer, of prompts that stand there again -> position
 
     def first(self, prompt: Prompt) -> int | None:
         """Where in the list the same messages stand already; a new prompt is remembered."""
@@ -295,16 +295,18 @@ class _Seen:
                 f"{self.path}: lines {first_line} and {line} ask the same, but their references differ: "
                 f"{_shown(first.reference)} and {_shown(prompt.reference)}"
             )
-        answers = self._answers.setdefault(prompt.id, {_answer(first): first.scores})
-        if (answer := _answer(prompt)) in answers:
-            again = "duplicate" if answers[answer] == prompt.scores else "scored_twice"  # the first score stands
-            return Ending(row=line, id=prompt.id, reason=f"{again}: of line {first_line}", evidence=prompt.id)
-        answers[answer] = prompt.scores
+        self._answers.setdefault(_answer(first), position)
+        here = len(self.one.lines)
+        if (same := self._answers.setdefault(_answer(prompt), here)) != here:
+            scores = self.one.prompts.read(same).scores  # which stand, whatever the row says
+            again = "duplicate" if scores == prompt.scores else "scored_twice"
+            reason = f"{again}: of line {self.one.lines[same]}"
+            return Ending(row=line, id=prompt.id, reason=reason, evidence=prompt.id)
         return None
 
 
-def _answer(prompt: Prompt) -> str:
-    return digest(prompt.completion, prompt.rejected)
+def _answer(prompt: Prompt) -> int:
+    return int(digest(prompt.id, prompt.completion, prompt.rejected, size=8), 16)
 
 
 def _shown(reference: str | None) -> str:

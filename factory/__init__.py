@@ -25,7 +25,8 @@ The map, in the order that data flows (a file imports only from files above it):
     findings, report         what a run shows: sentences, one page, one JSON
     publish, pipeline        what a run publishes; the whole run on one screen
     ledger, spending, exchange   the journal from outside
-    shelf                    what has run, for people
+    forms, push              what a run made, for other tools and for a hub
+    lives, shelf             a row's life; what has run, for people
     cli                      verbs
 
 `docs/design.md` has a line for each file.

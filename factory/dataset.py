@@ -120,8 +120,9 @@ def write(folder: Path, *, name: str, configs: list[Config], card: dict[str, Any
 
     Returns the rows of each split by config.
 
-    `card`: {"recipe": name, "funnel": [stage manifests], "teachers": {name: {"model", "terms"}},
-    "prompts": [{"name", "path"}]}.
+    `card`: {"recipe": name, "lists": [prompt lists' funnels], "funnel": [stage manifests],
+    "teachers": {name: {"model", "terms"}}, "prompts": [{"name", "path", "licence"}],
+    "decontamination": [{"stage", "knobs", "reasons"}]}.
     """
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for left in (partial, old):
@@ -189,7 +190,7 @@ def _card(name: str, forms: list[Form], places: list[str], contents: list[str], 
     }
     if not header["dataset_info"]:
         del header["dataset_info"]
-    body = chain(_about(name, card, total), _counts(forms), _funnel(card["funnel"]), _sources(card))
+    body = chain(_about(name, card, total), _counts(forms), _funnel(card), _decontamination(card), _sources(card))
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(body) + "\n"
 
 
@@ -230,20 +231,47 @@ def _counts(forms: list[Form]) -> Iterator[str]:
         yield f"| {_cell(label)} | {form.rows['train']} | {form.rows['test']} | {said} |"
 
 
-def _funnel(manifests: list[dict[str, Any]]) -> Iterator[str]:
+def _funnel(card: dict[str, Any]) -> Iterator[str]:
     yield from ("", "## How the rows were made", "", "Nothing is lost in silence: in = kept + dropped + failed.", "")
     yield "| stage | unit | in | kept | dropped | failed | reasons |"
     yield "|---|---|---:|---:|---:|---:|---|"
-    for stage in manifests:
+    lists = [{**told, "stage": f"prompts {told['name']}"} for told in card.get("lists", [])]
+    for stage in [*lists, *card["funnel"]]:
         counts = " | ".join(str(stage[key]) for key in ("in", "kept", "dropped", "failed"))
         reasons = ", ".join(f"{_cell(reason)} {count}" for reason, count in stage["reasons"].items())
         yield f"| {_cell(stage['stage'])} | {_cell(stage['unit'])} | {counts} | {reasons} |"
 
 
+def _decontamination(card: dict[str, Any]) -> Iterator[str]:
+    """What was looked for, and what was found; a data set that was not compared with any benchmark says so."""
+    yield from ("", "## Decontamination", "")
+    checks = card.get("decontamination", [])
+    if not checks:
+        yield "The rows were not compared with any benchmark."
+        return
+    yield from ("| stage | compared with | settings | reasons of the stage |", "|---|---|---|---|")
+    for check in checks:
+        knobs = {name: value for name, value in check["knobs"].items() if name != "kind" and value is not None}
+        files = [_portable(one) for value in knobs.values() for one in _paths(value)]
+        rest = ", ".join(f"{name} {value}" for name, value in knobs.items() if not _paths(value))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in check["reasons"].items()) or "none"
+        yield f"| {_cell(check['stage'])} | {_cell(', '.join(files))} | {_cell(rest)} | {_cell(reasons)} |"
+
+
+def _paths(value: Any) -> list[str]:
+    """The files that a knob names: a text or a list of texts, or of records with a `path`."""
+    if isinstance(value, dict):
+        return _paths(value.get("path"))
+    if isinstance(value, list):
+        return [path for one in value for path in _paths(one)]
+    return [value] if isinstance(value, str) and re.search(r"[/.]", value) else []
+
+
 def _sources(card: dict[str, Any]) -> Iterator[str]:
-    yield from ("", "## Prompts", "", "| list | source |", "|---|---|")
+    yield from ("", "## Prompts", "", "| list | source | licence |", "|---|---|---|")
     for prompts in card["prompts"]:
-        yield f"| {_cell(prompts['name'])} | {_cell(_portable(prompts['path']))} |"
+        licence = prompts.get("licence") or "not stated"
+        yield f"| {_cell(prompts['name'])} | {_cell(_portable(prompts['path']))} | {_cell(licence)} |"
     yield from ("", "## Models", "", "| name | model | terms |", "|---|---|---|")
     for name, model in card["teachers"].items():
         yield f"| {_cell(name)} | {_cell(_portable(model['model']))} | {_cell(model['terms'] or 'not stated')} |"

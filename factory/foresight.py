@@ -54,7 +54,7 @@ def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> I
         before = _join([flows[number] for number in step.reads])
         for finding in _of_step(recipe, step, before, steps, prompts):
             yield finding._replace(at=(*_path(recipe, step), *finding.at))
-        flows[step.number] = _behind(step, before)
+        flows[step.number] = _behind(step, before, prompts)
 
 
 def _path(recipe: Recipe, step: Step) -> Path_:
@@ -68,10 +68,12 @@ def _join(flows: list[_Flow]) -> _Flow:
     return _Flow(scores, frozenset().union(*(flow.sets for flow in flows)), sum(flow.most for flow in flows))
 
 
-def _behind(step: Step, before: _Flow) -> _Flow:
+def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
     match step.knobs:
         case Given():
-            return _Flow(frozenset(), frozenset(step.sets), math.inf)
+            lists = [prompts.by_name.get(name) if prompts else None for name in step.sets]
+            brought = None if None in lists else frozenset().union(*(one.scores for one in lists if one))
+            return _Flow(brought, frozenset(step.sets), math.inf)
         case Generate() as knobs:
             askers = 1 if isinstance(knobs.model, dict) else len(knobs.models)
             return _Flow(frozenset({"logprob"}), before.sets.union(step.sets), askers * knobs.draws)
@@ -102,7 +104,7 @@ def _of_step(
         case Generate() as knobs:
             sets = before.sets.union(step.sets)
             known = all(isinstance(recipe.models.get(name), Reference) for name in knobs.models)
-            if known and not _any_brings("references", sets, prompts):
+            if known and not any(_any_brings(what, sets, prompts) for what in ("references", "answers")):
                 yield Finding(("model",), f"no prompt of {_of(sets)} has a `reference` that could be the answer")
         case Given() if not _any_brings("answers", step.sets, prompts):
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none

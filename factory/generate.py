@@ -22,7 +22,21 @@ from factory.errors import Waiting
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.prompt_spool import Part
-from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
+from factory.rows import (
+    GIVEN,
+    LABEL,
+    Beam,
+    Choice,
+    Failure,
+    Message,
+    Prompt,
+    Reply,
+    Request,
+    Sample,
+    Sampling,
+    Verdict,
+    digest,
+)  # fmt: skip
 from factory.stored import runs
 from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
@@ -193,13 +207,16 @@ def _plain(prompt: Prompt, draw: int = 0) -> Request:
 
 
 def given(prompts: Iterable[Prompt]) -> Iterator[Sample]:
-    """Answers that came with their rows, as samples: data from elsewhere needs no teacher."""
+    """Answers that came with their rows, as samples with their scores: data from elsewhere needs no teacher."""
     drawn: dict[str, int] = {}
     for prompt in prompts:
-        if prompt.completion is not None:
-            draw = drawn.get(prompt.id, 0)
-            drawn[prompt.id] = draw + 1
-            yield from samples(prompt, _plain(prompt, draw), "given", [Choice(text=prompt.completion, finish="stop")])
+        came = [(prompt.completion, prompt.scores), (prompt.rejected, {LABEL: 0.0})]
+        for text, scores in came:
+            if text is not None:
+                draw = drawn.get(prompt.id, 0)
+                drawn[prompt.id] = draw + 1
+                (sample,) = samples(prompt, _plain(prompt, draw), GIVEN, [Choice(text=text, finish="stop")])
+                yield sample.scored(**scores) if scores else sample
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from factory.naming import Naming
 from factory.pair import PairUp, pair, unpaired
 from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
-from factory.prompt_spool import spooled
+from factory.prompt_spool import side_by_side, spooled
 from factory.prompts import PromptLists, lint, load
 from factory.publish import publish
 from factory.recipe import Recipe
@@ -224,7 +224,7 @@ class Work:
             case Evaluate() as knobs:
                 planned = self._evaluate(knobs, step, out, facts)
             case Given():
-                planned = _put_all(out, given(self._prompts(step)), step.title)
+                planned = _put_all(out, given(self._answered(step)), step.title)
             case PairUp() as knobs:
                 planned = self._pair(knobs, step, out, facts)
             case Curate() as knobs:
@@ -267,6 +267,11 @@ class Work:
             if isinstance(step.knobs, Given) or prompt.id not in seen:
                 seen.add(prompt.id)
                 yield prompt
+
+    def _answered(self, step: Step) -> Iterable[Prompt]:
+        """Prompts with the answers that they bring; those of one prompt together, wherever they stand."""
+        distinct = len(step.sets) == 1 and self.prompts.distinct(step.sets[0])
+        return self._prompts(step) if distinct else side_by_side(spooled(self._prompts(step)))
 
     def asker(self, knobs: Generate) -> Asker:
         opened = knobs.ask.open(find)

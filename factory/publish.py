@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from factory import dataset
 from factory.curate import Curate, accepts, row_filters
 from factory.evaluate import Evaluate
@@ -42,7 +44,7 @@ def publish(
         test = partial(_test_rows, recipe, prompts, models, steps, made) if has_test else lambda: iter(())
         train = partial(_rows, [made[number] for number in reads], kind)
         configs.append(dataset.Config(name=name, train=train, test=test))
-    return dataset.write(folder, name=recipe.name, configs=configs, card=_card(recipe, steps, made))
+    return dataset.write(folder, name=recipe.name, configs=configs, card=_card(recipe, prompts, steps, made))
 
 
 def _kind(step: Step) -> type[TrainRow] | type[Pair] | type[Unpaired]:
@@ -72,12 +74,23 @@ def _test_rows(
     yield from (row for row in shaped if isinstance(row, TrainRow))
 
 
-def _card(recipe: Recipe, steps: list[Step], made: Made) -> dict[str, Any]:
-    """The facts that the data set's card is made of; nothing that changes from run to run."""
+def _card(recipe: Recipe, prompts: PromptLists, steps: list[Step], made: Made) -> dict[str, Any]:
+    """The facts that the data set's card is made of; nothing that changes from run to run: what it cost is in the report."""
     terms = {name: {"model": getattr(e, "model", name), "terms": e.terms} for name, e in recipe.models.items()}
+    checks = [(step, one) for step in steps if isinstance(step.knobs, Curate) for one in step.knobs.filters]
     return {
         "recipe": recipe.name,
+        "lists": [to_builtins(told) for told in prompts.funnel],
         "funnel": [made[step.number].manifest for step in steps],
         "teachers": terms,
-        "prompts": [{"name": one.title, "path": one.path} for one in recipe.prompts],
+        "prompts": [{"name": one.title, "path": one.path, "licence": one.licence} for one in recipe.prompts],
+        "decontamination": [
+            {
+                "stage": step.title,
+                "knobs": one.model_dump(mode="json"),
+                "reasons": made[step.number].manifest["reasons"],
+            }
+            for step, one in checks
+            if one.kind == "contamination"
+        ],
     }

@@ -35,13 +35,16 @@ class Prompt(Row, frozen=True):
     """What is to be answered.
 
     `id` hashes the messages alone. `reference` is the known right answer (for checks, Seq-Inter and the
-    `reference` teacher); `completion` is an answer that came with the row and may be curated as it is.
+    `reference` teacher); `completion` is an answer that came with the row and may be curated as it is; `scores` are that
+    answer's, and `rejected` is the one that people (or another judge) found worse.
     """
 
     id: str
     messages: list[Message]
     reference: str | None = None
     completion: str | None = None
+    rejected: str | None = None
+    scores: dict[str, float] = {}
     source: str = ""
     tags: list[str] = []
 
@@ -53,6 +56,14 @@ class Prompt(Row, frozen=True):
     def text(self) -> str:
         """The last user turn: what filters compare an answer with."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+LABEL = "label"
+"""The score of answers that came as wanted (1) or not wanted (0): preference rows, and KTO's, who has the word."""
+
+
+GIVEN = "given"
+"""The model of answers that came with their rows."""
 
 
 class Beam(Row, frozen=True):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from factory.knobs import Knobs
-from factory.rows import Message, Prompt, Sample, TrainRow, Verdict, digest
+from factory.rows import GIVEN, LABEL, Message, Prompt, Sample, TrainRow, Verdict, digest
 
 Task = Literal["answer", "label", "rationale", "truth"]
 
@@ -73,7 +73,8 @@ class _Said(NamedTuple):
 
 
 def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[list[TrainRow | Sample]]:
-    """The training rows of each sample; a truncated or empty answer is never data and comes back with the reason.
+    """The training rows of each sample; a truncated or empty answer, or one that came as rejected, is never data
+    and comes back with the reason.
 
     The truth is added to a prompt's first sample, whatever became of that.
     """
@@ -89,6 +90,8 @@ def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[list[TrainRo
 def _said(knobs: Shape, sample: Sample) -> _Said | Verdict:
     """What the sample says, or why it is no data."""
     text, trace = sample.response.strip(), (sample.reasoning or "").strip()
+    if sample.model == GIVEN and sample.scores.get(LABEL) == 0:
+        return _not("not_wanted")
     if sample.finish != "stop" or not text:
         return _not("empty" if sample.finish == "stop" else f"truncated:{sample.finish}")
     if knobs.answer_after is not None:

@@ -283,3 +283,16 @@ def test_datasets_takes_no_folder_for_another(tmp_path: Path) -> None:
         capture_output=True, text=True, env=environment, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[['one'], ['two']]"
+
+
+def test_the_card_tells_what_the_rows_were_compared_with(tmp_path: Path) -> None:
+    knobs = {"kind": "contamination", "against": ["bench/gsm8k.jsonl", "/home/somebody/mmlu.jsonl"], "ngram": 13}
+    check = {"stage": "02-filter", "knobs": {**knobs, "how": None}, "reasons": {"contaminated": 7}}
+    dataset.write(
+        tmp_path / "dataset", name="demo", configs=[config("a", [row(1)])], card={**CARD, "decontamination": [check]}
+    )
+    card = (tmp_path / "dataset/README.md").read_text()
+    assert "| 02-filter | bench/gsm8k.jsonl, mmlu.jsonl | ngram 13 | contaminated 7 |" in card
+    assert "not compared" not in card
+    assert "somebody" not in card
+    assert "| mine | prompts.jsonl | not stated |" in card

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from factory.rows import Message, Sample
-from tests.sample_rows import answer, prompt
+from tests.sample_rows import answer, one_filter, prompt
 
 FOLDER = Path(__file__).parent / "labelled"
 RULES = ["no_refusal", "repetition", "leakage", "trace", "personal_data"]
@@ -33,3 +33,28 @@ def _sample(row: dict[str, str], number: int) -> Sample:
     system = [Message(role="system", content=row["system"])] if "system" in row else []
     turns = [*system, Message(role="user", content=row.get("prompt", f"question {number}"))]
     return answer(row["text"].replace("¦", ""), prompt(turns=turns), reasoning=row.get("reasoning"))
+
+
+class Score(NamedTuple):
+    """How a rule did: bad rows that it dropped, good rows that it dropped, out of how many."""
+
+    caught: int
+    bad: int
+    alarms: int
+    good: int
+
+    @property
+    def recall(self) -> float:
+        return self.caught / self.bad
+
+    @property
+    def precision(self) -> float:
+        return self.caught / (self.caught + self.alarms)
+
+
+def scored(rule: str, held_out: bool | None = None) -> Score:
+    """A rule, with its defaults, over its labelled rows: all, or one half."""
+    one = one_filter(rule)
+    rows = [(row, not one.check(row.sample).keep) for row in labelled(rule) if held_out in (None, row.held_out)]
+    bad, good = ([dropped for row, dropped in rows if row.bad is kind] for kind in (True, False))
+    return Score(sum(bad), len(bad), sum(good), len(good))

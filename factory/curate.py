@@ -76,7 +76,14 @@ def _judge(one: Any, look: Look) -> Judge:
 
 
 def _checked(one: RowFilter, sample: Sample) -> Verdict:
-    return _all_checked(one.kind, lambda samples: [one.check(samples[0])], [sample])[0]
+    """The verdict, or the error."""
+    try:
+        verdict = one.check(sample)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"no verdict, but {verdict!r}")
+        return verdict
+    except Exception as e:
+        return _broken(one.kind, e)
 
 
 def _all_checked(kind: str, judge: Callable[[list[Sample]], Any], samples: list[Sample]) -> list[Verdict]:

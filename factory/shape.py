@@ -9,16 +9,21 @@ from typing import Literal
 
 from pydantic import Field
 
+from factory.filters.personal_data import masked
 from factory.knobs import Knobs
 from factory.rows import Message, Prompt, Sample, TrainRow, Verdict, digest
 
 
 class Shape(Knobs):
-    """`shape:`; `system` is the one message that the student sees instead; `reasoning: keep` puts the trace first."""
+    """`shape:`; `system` is the one message that the student sees instead; `reasoning: keep` puts the trace first.
+
+    `mask: personal_data` writes [EMAIL], [PHONE] ... for what `filters/personal_data.py` finds, in prompt and completion.
+    """
 
     kind: Literal["shape"] = "shape"
     system: str | None = None
     reasoning: Literal["drop", "keep"] = "drop"
+    mask: Literal["personal_data"] | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")
 
@@ -33,6 +38,7 @@ def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[TrainRow | S
             continue
         if knobs.reasoning == "keep" and (trace := (sample.reasoning or "").strip()):
             text = f"<think>\n{trace}\n</think>\n\n{text}"
+        text = masked(text) if knobs.mask else text
         yield TrainRow(
             id=digest(sample.prompt.id, text, size=8),
             prompt=student_view(knobs, sample.prompt),
@@ -46,7 +52,10 @@ def shape(knobs: Shape, groups: Iterable[list[Sample]]) -> Iterator[TrainRow | S
 
 def student_view(knobs: Shape, prompt: Prompt) -> list[Message]:
     """The prompt as the student sees it, in training and when it is measured."""
+    messages = prompt.messages
+    if knobs.mask:
+        messages = [Message(role=message["role"], content=masked(message["content"])) for message in messages]
     if knobs.system is None:
-        return prompt.messages
-    plain = [message for message in prompt.messages if message["role"] != "system"]
+        return messages
+    plain = [message for message in messages if message["role"] != "system"]
     return [Message(role="system", content=knobs.system), *plain]

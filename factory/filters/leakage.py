@@ -126,7 +126,7 @@ def _leaks(sample: Sample) -> Iterator[tuple[str, str]]:
         yield "heading", found.group()
     if "system " in text and (found := SYSTEM.search(own_words(text))):
         yield "system_mention", found.group()
-    if any(label in text for label in _LABELS) and (label := _role(text)) and not _TALK.search(sample.prompt.text):
+    if any(map(text.__contains__, _LABELS)) and (label := _role(text)) and not _TALK.search(sample.prompt.text):
         yield "role", label
 
 

@@ -44,7 +44,7 @@ def _emails(text: str) -> Iterator[Found]:
         for match in _EMAIL.finditer(text):
             if not _RESERVED.search(match.group()) and not match.group().startswith("git@"):
                 yield Found("email", *match.span())
-    if any(sign in text for sign in _SAID):
+    if any(map(text.__contains__, _SAID)):
         yield from (Found("email", *match.span()) for match in _EMAIL_SAID.finditer(text))
 
 
@@ -152,15 +152,16 @@ _KEY = re.compile(
     re.VERBOSE,
 )
 _PREFIXES = (
-    "AKIA", "ASIA", "gh", "glpat-", "npm_", "pypi-", "sk-", "gsk_", "hf_", "AIza", "k_live_", "shpat_", "dop_v1_", "SG.",
-    "xox", "xapp-", "eyJ", "hooks.slack", "PRIVATE KEY", "access_key", "ACCESS_KEY", "AccountKey",
+    "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "npm_", "pypi-", "sk-", "gsk_", "hf_", "AIza",
+    "k_live_", "shpat_", "dop_v1_", "SG.", "xox", "xapp-", "eyJ", "hooks.slack", "PRIVATE KEY", "access_key", "ACCESS_KEY",
+    "AccountKey",
 )  # fmt: skip
 VARIED = 8
 """Different characters that a real key has at least; a placeholder is xxxx or 0000."""
 
 
 def _keys(text: str) -> Iterator[Found]:
-    if any(prefix in text for prefix in _PREFIXES):
+    if any(map(text.__contains__, _PREFIXES)):
         for match in _KEY.finditer(text):
             if len(set(match.group()[8:])) >= VARIED and "EXAMPLE" not in match.group():
                 yield Found("key", *match.span())

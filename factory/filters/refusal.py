@@ -186,16 +186,19 @@ _CUTOFF = [
     r"\bmi (?:conocimiento|base de conocimientos?) (?:llega|se limita|termina|abarca)|\bmis conocimientos (?:llegan|se limitan)",
 ]
 
-_HINTS = (
-    "not", "n't", "n’t", "cant", "wont", "unable", "refuse", "decline", "denied", "lack", "have no", "against", "violates",
-    "breaks", "conflicts", "incapable", "impossible", "beyond", "outside", "prevent", "prohibit", "forbid", "inappropriate",
-    "unethical", " ai", "artificial", "language model", "learning model", "assistant", "chatbot", "computer program",
-    "nicht", "kein", "ki", "sprachmodell", "künstlich", "ablehnen", "je n", "je dois", "je préfère", "m'est", "m’est", "'ia", "’ia",
-    "ia ", "intelligence", "modèle", "no p", "no me", "no es", "no so", "no t", "lamento", "rechazar", "declinar", "prefiero",
-    "inteligencia", "modelo", "asistente", "as of my", "my knowledge", "my training", "wissen", "kenntnis", "connaissances",
-    "conocimiento",
-)  # fmt: skip
-"""One of them stands in every text that a pattern below matches."""
+_HINTS = {
+    "cannot": (
+        "not", "n't", "cant", "wont", "unable", "refuse", "decline", "denied", "lack", "have no", "against", "violates", "breaks",
+        "conflicts", "incapable", "impossible", "beyond", "outside", "prevent", "prohibit", "forbid", "inappropriate", "unethical",
+        "assistant, i",
+    ),
+    "as_an_ai": ("an ai", "ble ai", "ful ai", "ical ai", "artificial", " model", "ai-", "computer program", "chatbot"),
+    "german": ("nicht", "kein", "ki", "sprachmodell", "künstlich", "ablehnen"),
+    "french": ("je n", "je dois", "je préfère", "m'est", "suis", "en tant qu"),
+    "spanish": ("no p", "no me", "no es", "no so", "no t", "lamento", "debo", "prefiero", "como ", "soy "),
+    "cutoff": ("as of my", "my knowledge", "my training", "mein wissen", "mein kenntnis", "connaissances", "conocimiento"),
+}  # fmt: skip
+"""One of them stands in every text that the patterns match: they are tried on few."""
 
 
 def _compiled(patterns: list[str]) -> list[Callable[[str], re.Match[str] | None]]:
@@ -229,12 +232,11 @@ class NoRefusal(RowFilter):
     kind: Literal["no_refusal"] = "no_refusal"
 
     def check(self, sample: Sample) -> Verdict:
-        start = unicodedata.normalize("NFC", sample.response.lstrip()[:WITHIN])
+        start = unicodedata.normalize("NFC", sample.response.lstrip()[:WITHIN]).replace("’", "'")
         lowered = start.lower()
-        if not any(hint in lowered for hint in _HINTS):
-            return self.keep()
-        own = _QUOTED.sub('""', start.replace("’", "'"))
-        for name, tries in _REFUSALS.items():
-            if found := next(filter(None, (one(own) for one in tries)), None):
+        likely = [name for name, hints in _HINTS.items() if any(map(lowered.__contains__, hints))]
+        own = _QUOTED.sub('""', start) if likely else ""
+        for name in likely:
+            if found := next(filter(None, (one(own) for one in _REFUSALS[name])), None):
                 return self.drop(f"refusal:{name}", evidence=found.group().strip()[:100])
         return self.keep()

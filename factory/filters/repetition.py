@@ -25,6 +25,7 @@ LONGEST = 60
 LINES = 6
 CHARACTERS = 120
 _CHARACTERS = re.compile(r"(.{1,30}?)\1{3,}", re.DOTALL)
+_MARKS = str.maketrans("", "", ".,;:!?")
 _NUMBERED = re.compile(r"^\W*\d*[.):]?\s*", re.MULTILINE)
 
 
@@ -38,35 +39,40 @@ class Repetition(RowFilter):
     def check(self, sample: Sample) -> Verdict:
         text = sample.response
         words = text.split()
-        if len(text) >= CHARACTERS and (run := _run_of_characters(words, text)):
+        if words and len(max(words, key=len)) >= CHARACTERS and (run := _run_of_characters(words)):
             return self.drop(f"looping_characters={run}", score=run)
+        words = text.translate(_MARKS).split() or words
         grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
         repeated = len(grams) - len(set(grams))
-        bare = [word.rstrip(".,;:!?") for word in words] if repeated else []
-        if loops := _loop(bare, range(1, SHORT + 1)):
+        if repeated and (loops := _loop(words, range(1, SHORT + 1), repeated)):
             return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
         if repeated and len(words) >= self.min_words:
             if (share := repeated / len(grams)) > self.max_repeated:
                 most = " ".join(Counter(grams).most_common(1)[0][0])
                 return self.drop(f"repeated_4grams={share:.2f}>{self.max_repeated}", score=share, evidence=most)
-            if loops := _loop(bare, range(SHORT + 1, LONGEST + 1)):
+            if loops := _loop(words, range(SHORT + 1, LONGEST + 1), repeated):
                 return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
         if text.count("\n") >= LINES - 1 and (same := _same_lines(text)):
             return self.drop(f"repeated_lines={same[1]}", score=same[1], evidence=same[0][:100])
         return self.keep()
 
 
-def _loop(words: list[str], sizes: range) -> tuple[str, int] | None:
-    """A loop at the tail, whose last word may be cut off, or a longer one anywhere; with how often it goes round."""
+def _loop(words: list[str], sizes: range, repeated: int) -> tuple[str, int] | None:
+    """A loop at the tail, whose last word may be cut off, or a longer one anywhere; with how often it goes round.
+
+    `size` words that go round `times` repeat (times - 1) * size - 3 4-grams: so few repeated ones rule most sizes out.
+    """
     for size in sizes:
         needed = 8 if size == 1 else 4 if size <= SHORT else 3
-        if len(words) < size * needed:
-            break
+        if repeated + 4 < (needed - 1) * size or len(words) < size * needed:
+            if size > 1:
+                break
+            continue
         for end in (len(words), len(words) - 1):
-            times = _times(words, size, end)
-            if times >= needed:
+            if words[end - 1] == words[end - 1 - size] and (times := _times(words, size, end)) >= needed:
                 return "looping_tail", times
-        if size <= SHORT and (times := _anywhere(words, size)) >= 2 * needed:
+        often = size <= SHORT and repeated + 4 >= (2 * needed - 1) * size
+        if often and (times := _anywhere(words, size)) >= 2 * needed:
             return "loop", times
     return None
 
@@ -81,14 +87,11 @@ def _times(words: list[str], size: int, end: int) -> int:
 
 def _anywhere(words: list[str], size: int) -> int:
     """The most times that some `size` words stand one after another."""
-    longest = run = 0
-    for same in map(str.__eq__, words, words[size:]):
-        run = run + 1 if same else 0
-        longest = max(longest, run)
-    return longest // size + 1
+    same = bytes(map(str.__eq__, words, words[size:]))
+    return max(map(len, same.split(b"\0"))) // size + 1
 
 
-def _run_of_characters(words: list[str], text: str) -> int:
+def _run_of_characters(words: list[str]) -> int:
     """Length of the longest stretch without a blank in which up to 30 characters repeat; 0 where it is short."""
     runs = (m for word in words if len(word) >= CHARACTERS for m in _CHARACTERS.finditer(word))
     return max((len(m.group()) for m in runs if len(m.group()) >= CHARACTERS), default=0)

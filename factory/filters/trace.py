@@ -98,7 +98,7 @@ def _deliberates(sample: Sample) -> str | None:
     """The cues of an untagged trace, where there are enough of them."""
     start = sample.response[:WITHIN]
     lowered = start.lower()
-    if not any(hint in lowered for hint in _HINTS):
+    if not any(map(lowered.__contains__, _HINTS)):
         return None
     own = own_words(start).lstrip()
     found = {name: match for name, (_, cue) in _CUE.items() if (match := cue.search(own))}

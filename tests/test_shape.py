@@ -115,3 +115,13 @@ def test_rows_come_in_order_and_equal_rows_have_equal_ids() -> None:
     assert [r.completion[0]["content"] for r in rows if isinstance(r, TrainRow)] == ["a", "b", "a", "b"]
     assert len({r.id for r in rows}) == 4
     assert row(answer(" b", asked[0], draw=7)).id == rows[1].id
+
+
+def test_personal_data_is_masked_in_prompt_and_completion_alike() -> None:
+    asked = prompt(turns=[Message(role="user", content="I am lena@posteo.de. Greet me.")])
+    sample = answer("Hello lena@posteo.de!", asked, reasoning="She is lena@posteo.de.")
+    made = row(sample, mask="personal_data", reasoning="keep", system="Be kind.")
+    assert [message["content"] for message in made.prompt] == ["Be kind.", "I am [EMAIL]. Greet me."]
+    assert made.completion[0]["content"] == "<think>\nShe is [EMAIL].\n</think>\n\nHello [EMAIL]!"
+    assert made.prompt == student_view(Shape(mask="personal_data", system="Be kind."), asked)
+    assert "posteo" in str(row(sample))

@@ -83,9 +83,11 @@ _US = r"(?:(?:ai )?assistant|assistent|asistente|ai|(?:chat)?bot|model)"
 _LABELS = ("ser", "SER", "uman", "UMAN", "tilisat", "utzer", "suario", "ssist", "SSIST", "sisten", "AI", "ot:", "odel")
 THEM = re.compile(rf"^[*\[_]{{0,3}}{_THEM}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
 US = re.compile(rf"^[*\[_]{{0,3}}{_US}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
-BARE = re.compile(
-    r"\A(?:assistant|model)\n|\n(?:user|human)\n(?:.*\n)*?(?:assistant|model)\n|^<user>(?:.|\n)*^<assistant>", re.M
-)
+BARE = [  # labels whose marks were lost: the first, and what must follow it
+    (re.compile(r"\A(?:assistant|model)\n"), re.compile("")),
+    (re.compile(r"\n(?:user|human)\n"), re.compile(r"\n(?:assistant|model)\n")),
+    (re.compile(r"^<user>", re.MULTILINE), re.compile(r"^<assistant>", re.MULTILINE)),
+]
 _KEY = re.compile(r"[*_]{0,2}[^\W\d_][\w '’]{0,20}[*_]{0,2}: ")
 _TALK = re.compile(
     r"\b(?:dialog\w*|conversation|chat|transcript|scripts?|scene|interview|play|role-?play|joke|skit|examples?|few-shot|log)\b",
@@ -142,8 +144,9 @@ def _tokens(text: str) -> Iterator[str]:
 def _role(text: str) -> str | None:
     """The label of a turn that nobody asked for; not a key in a list of keys and values."""
     own = own_words(text).strip()
-    if found := BARE.search(own):
-        return found.group()[:40]
+    for bare, follower in BARE:
+        if (found := bare.search(own)) and follower.search(own, found.end()):
+            return found.group()
     if (first := US.match(own)) and not _among_keys(own, first):
         return first.group()
     for them in THEM.finditer(own):

@@ -21,7 +21,7 @@ ENOUGH = 3
 
 _NAME = r"(?:seed:)?(?:think(?:ing)?|thought|reasoning|scratch_?pad|reflection|analysis|inner_monologue)"
 TAG = re.compile(
-    rf"<(?P<close>/)?{_NAME}>|\[(?P<close2>/)?THINK\]|◁(?P<close3>/)?think▷|<\|(?:begin|(?P<close4>end))_of_(?:thought|thinking)\|>"
+    rf"<(?P<close>/)?{_NAME}>|(?-i:\[(?P<close2>/)?THINK\])|◁(?P<close3>/)?think▷|<\|(?:begin|(?P<close4>end))_of_(?:thought|thinking)\|>"
     r"|<\|channel\|>(?:analysis|commentary)|\bassistantfinal",
     re.IGNORECASE,
 )

@@ -79,10 +79,15 @@ HEADING = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _THEM = r"(?:user|human|utilisateur|utilisatrice|benutzer|nutzer|usuario)"
+_UPPER = r"(?-i:(?=[A-Z]))"  # "user:" in small letters is a parameter or a key
 _US = r"(?:(?:ai )?assistant|assistent|asistente|ai|(?:chat)?bot|model)"
 _LABELS = ("ser", "SER", "uman", "UMAN", "tilisat", "utzer", "suario", "ssist", "SSIST", "sisten", "AI", "ot:", "odel")
-THEM = re.compile(rf"^[*\[_]{{0,3}}{_THEM}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
-US = re.compile(rf"^[*\[_]{{0,3}}{_US}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
+THEM = re.compile(rf"^[*\[_]{{0,3}}{_UPPER}{_THEM}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
+US = re.compile(rf"^[*\[_]{{0,3}}{_UPPER}{_US}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
+ALONE = re.compile(
+    rf"^[*\[_]{{0,3}}{_UPPER}(?:assistant|assistent|asistente|chatbot)[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE
+)
+"""Labels that mean a turn where no question comes before; "model:" is mostly a parameter."""
 BARE = [  # labels whose marks were lost: the first, and what must follow it
     (re.compile(r"\A(?:assistant|model)\n"), re.compile("")),
     (re.compile(r"\n(?:user|human)\n"), re.compile(r"\n(?:assistant|model)\n")),
@@ -153,7 +158,7 @@ def _role(text: str) -> str | None:
         answered = US.search(own, them.end())
         if (answered or them.start() > 0) and not _among_keys(own, them):
             return them.group()
-    late = US.search(own, 1)
+    late = ALONE.search(own, 1)
     return late.group() if late and not _among_keys(own, late) else None
 
 

@@ -80,9 +80,9 @@ def rows(count: int) -> Iterator[Sample]:
 
 
 def foreign() -> list[Sample]:
-    """Passages that nobody here wrote: the longer docstrings of Python's standard library."""
+    """Passages that nobody here wrote: the longer docstrings in half of Python's standard library."""
     said: list[str] = []
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::2]:
         tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
         holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
         said += filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders)))

@@ -1,17 +1,22 @@
 """The text rules by tables: rows that trip each, with the reason, and rows just inside; and texts made to be slow."""
 
-import re
+import json
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from factory.curate import Curate, curate
+from factory.filters.language import KNOWN, NONE, _identifier
 from factory.filters.personal_data import luhn, masked, mod97, personal_data
-from factory.rows import Message, Sample
+from factory.rows import Message, Sample, by_prompt
+from tests.command import factory, funnel
 from tests.sample_rows import answer, answers, ends, filtered, one_filter, prompt
 
 ONCE = "Blood comes back from the body into the right atrium and leaves from the left ventricle."
@@ -140,7 +145,7 @@ def test_each_rule_drops_what_trips_it_and_nothing_just_inside(
     [
         ("language", "allowed"),
         ({"language": {"allowed": []}}, "at least 1"),
-        ({"language": {"allowed": ["english"]}}, "no language code"),
+        ({"language": {"allowed": ["english"]}}, "no language that can be told"),
         ("ratio", "give min, max or both"),
         ("format", "give pattern, json_schema or sections"),
         ({"format": {"json_schema": {"type": "nonsense"}}}, "not a JSON schema"),
@@ -214,20 +219,63 @@ def test_the_evidence_of_personal_data_holds_none() -> None:
     assert row.verdicts[0].score == 2
 
 
-# -- a rule that breaks ------------------------------------------------------------------------------------------------
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: tiny
+prompts: [{path: rows.jsonl}]
+stages:
+  - filter: [ratio: {max: 30}, copied_prompt, leakage, trace, format: {sections: ["The"]}, language: {allowed: [en]}]
+  - shape: {mask: personal_data}
+"""
+
+
+def test_the_rules_stand_in_the_funnel_with_their_reasons_and_the_data_is_masked(tmp_path: Path) -> None:
+    good = [
+        "The heart has four chambers, ask ann@posteo.de why.",
+        "The lungs have two sides, and the left one is smaller.",
+    ]
+    bad = [
+        "The end.<|im_end|>",
+        "<think> The",
+        "A heart.",
+        "The " * 80,
+        "The Herz hat vier Kammern und schlägt ein ganzes Leben.",
+    ]
+    rows = [{"prompt": f"question {i}", "completion": text} for i, text in enumerate([*good, *bad])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    done = factory(tmp_path, "build", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert funnel(tmp_path)["filter"] == (7, 2, 5, 0)
+    (page,) = tmp_path.glob("runs/*/report.json")
+    told = page.read_text()
+    assert all(why in told for why in ("leakage", "trace", "no_section", "ratio", "language"))
+    data = "".join(file.read_text() for file in tmp_path.glob("runs/*/dataset/*.jsonl"))
+    assert "ask [EMAIL] why" in data
+    assert "posteo" not in data
+
+
+def test_the_known_languages_are_those_of_the_model() -> None:
+    assert set(_identifier().labels) == KNOWN | {NONE}
 
 
 def test_a_rule_that_breaks_on_a_row_sets_that_row_aside_and_goes_on() -> None:
-    """A lone surrogate cannot be encoded: what a rule does not survive must not end the run."""
-    rows = filtered(
-        [{"language": {"allowed": ["en"]}}, {"format": {"pattern": r"(?s).*\S"}}, "personal_data", "leakage", "trace"],
-        answers(ONCE, ONCE + "\ud800", ONCE),
-    )
-    assert [row.ending for row in rows][::2] == ["kept", "kept"]
-    broken = one_filter({"tokens": {"max": 5}})  # not opened: it has no tokenizer, and each row finds out
-    from factory.curate import accepts
+    """A lone surrogate has no UTF-8: the tokenizer breaks on it, and the rows around it are judged all the same."""
+    counting = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    counting.pre_tokenizer = pre_tokenizers.Whitespace()
 
-    verdict = accepts([broken], rows[0])
-    assert verdict is not None
-    assert (verdict.keep, verdict.reason) == (None, "filter_error")
-    assert re.match("AssertionError", verdict.evidence or "")
+    class Kit:
+        def tokenizer(self, name: str | None) -> Any:
+            return lambda text: len(counting.encode(text).ids)
+
+    samples = answers("a a", "a \ud800", "a", "a a a a")
+    rows = list(
+        curate(
+            Curate(filters=["personal_data", "leakage", "trace", {"tokens": {"max": 3}}]),
+            lambda: by_prompt(samples),
+            Kit(),
+        )
+    )
+    assert ends(rows) == ["", "filter_error", "", "tokens=4>3"]
+    assert (rows[1].ending, "Error" in (rows[1].verdicts[-1].evidence or "")) == ("failed", True)

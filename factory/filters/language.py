@@ -7,6 +7,7 @@ a drop needs the model to be sure: `min_confidence`, its own probability, 0.5 by
 import re
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator
@@ -16,11 +17,20 @@ from factory.rows import Sample, Verdict
 
 ENOUGH = 500
 """Characters that are looked at: more tell nothing new, and cost."""
+_CODES = """
+ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr fuv fy ga gcf gcr
+gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko ku ky la lb lg lij ln lo lt ltg lv
+mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg
+th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu
+"""
+NONE = "zxx"
+"""What the model says of numbers and signs."""
+KNOWN = frozenset(_CODES.split())
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
 
 
 class Language(RowFilter):
-    """Drops answers in another language than those `allowed` (ISO 639-1 codes)."""
+    """Drops answers in another language than those `allowed` (ISO 639 codes)."""
 
     kind: Literal["language"] = "language"
     allowed: list[str] = Field(min_length=1)
@@ -30,19 +40,19 @@ class Language(RowFilter):
 
     @field_validator("allowed")
     @classmethod
-    def _codes(cls, allowed: list[str]) -> list[str]:
-        if wrong := [code for code in allowed if not re.fullmatch("[a-z]{2}", code)]:
-            raise ValueError(f"{wrong[0]!r} is no language code of two letters, such as en or de")
+    def _can_be_told(cls, allowed: list[str]) -> list[str]:
+        """Known before anything is sent, and without loading the model."""
+        if wrong := [code for code in allowed if code not in KNOWN]:
+            raise ValueError(
+                f"{wrong[0]!r} is no language that can be told, such as en or de; known: {' '.join(sorted(KNOWN))}"
+            )
+        if find_spec("py3langid") is None:
+            raise ValueError("a language needs a model: pip install 'distillation-factory[language]'")
         return allowed
 
     def open(self, kit: Kit) -> Self:
         opened = self.model_copy()
-        identifier = _identifier()
-        if unknown := set(self.allowed) - set(identifier.labels):
-            raise ValueError(
-                f"filter language: no model of {sorted(unknown)}; known: {' '.join(sorted(identifier.labels))}"
-            )
-        opened._tell = identifier.classify
+        opened._tell = _identifier().classify
         return opened
 
     def check(self, sample: Sample) -> Verdict:
@@ -52,7 +62,7 @@ class Language(RowFilter):
         if sum(map(str.isalpha, text)) < self.min_letters:
             return self.keep()
         language, confidence = self._tell(text)
-        if language in self.allowed or confidence < self.min_confidence:
+        if language in self.allowed or language == NONE or confidence < self.min_confidence:
             return self.keep()
         return self.drop(f"language:{language}", score=round(float(confidence), 4))
 

@@ -81,7 +81,11 @@ HEADING = re.compile(
 _THEM = r"(?:user|human|utilisateur|utilisatrice|benutzer|nutzer|usuario)"
 _UPPER = r"(?-i:(?=[A-Z]))"  # "user:" in small letters is a parameter or a key
 _US = r"(?:(?:ai )?assistant|assistent|asistente|ai|(?:chat)?bot|model)"
-_LABELS = ("ser", "SER", "uman", "UMAN", "tilisat", "utzer", "suario", "ssist", "SSIST", "sisten", "AI", "ot:", "odel")
+_LABELS = (
+    "User", "USER", "Human", "HUMAN", "tilisat", "UTILISAT", "utzer", "UTZER", "suario", "USUARIO", "Assist", "ASSIST", "Asisten",
+    "ASISTEN", "AI", "Ai", "Chatbot", "CHATBOT", "Bot", "BOT", "Model", "MODEL", "assistant\n", "model\n", "<assistant>",
+)  # fmt: skip
+"""One of them stands in every text that has a role's label."""
 THEM = re.compile(rf"^[*\[_]{{0,3}}{_UPPER}{_THEM}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
 US = re.compile(rf"^[*\[_]{{0,3}}{_UPPER}{_US}[*\]_]{{0,3}} ?:", re.IGNORECASE | re.MULTILINE)
 ALONE = re.compile(
@@ -133,7 +137,8 @@ def _leaks(sample: Sample) -> Iterator[tuple[str, str]]:
         yield "heading", found.group()
     if "system " in text and (found := SYSTEM.search(own_words(text))):
         yield "system_mention", found.group()
-    if any(map(text.__contains__, _LABELS)) and (label := _role(text)) and not _TALK.search(sample.prompt.text):
+    labelled = ("\n" in text or ":" in text[:40]) and any(map(text.__contains__, _LABELS))
+    if labelled and (label := _role(text)) and not _TALK.search(sample.prompt.text):
         yield "role", label
 
 

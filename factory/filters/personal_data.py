@@ -51,7 +51,7 @@ def _emails(text: str) -> Iterator[Found]:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 _DIGIT = re.compile("[0-9]")
-_LONG = re.compile(r"\d(?:[ ()./-]{0,3}\d){6}")
+_LONG = re.compile(r"[0-9](?:[ ()./-]{0,3}[0-9]){6}")
 """Seven digits near each other: without them there is no phone, card or account."""
 _PHONE = re.compile(
     r"""(?<![\w.+-])(?:

@@ -39,7 +39,7 @@ class Repetition(RowFilter):
     def check(self, sample: Sample) -> Verdict:
         text = sample.response
         words = text.split()
-        if words and len(max(words, key=len)) >= CHARACTERS and (run := _run_of_characters(words)):
+        if max(map(len, words), default=0) >= CHARACTERS and (run := _run_of_characters(words)):
             return self.drop(f"looping_characters={run}", score=run)
         words = text.translate(_MARKS).split() or words
         grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))

@@ -62,9 +62,12 @@ class Counted:
 
 
 def text(draw: random.Random, words: int) -> str:
+    """Sentences in any order, none twice, up to about so many words."""
     said: list[str] = []
-    while sum(map(str.count, said, [" "] * len(said))) + len(said) < words:
-        said.append(draw.choice(SENTENCES).format(draw.choice(WORDS), draw.choice(WORDS)))
+    for sentence in draw.sample(SENTENCES, len(SENTENCES)):
+        if sum(len(one.split()) for one in said) >= words:
+            break
+        said.append(sentence.format(draw.choice(WORDS), draw.choice(WORDS)))
     return " ".join(said)
 
 
@@ -72,7 +75,7 @@ def rows(count: int) -> Iterator[Sample]:
     """Samples, each of a prompt of its own; texts come from a pool, so that making them costs little beside the rules."""
     draw = random.Random(5)
     prompts = [text(draw, 25) for _ in range(1000)]
-    pool = [text(draw, 118) for _ in range(2003)]
+    pool = [text(draw, 124) for _ in range(2003)]
     for i in range(count):
         asked = [SYSTEM, Message(role="user", content=f"{i}: {prompts[i % 1000]}")]
         answer = FAULTS[i // 100 % len(FAULTS)] if i % 100 == 99 else f"{pool[i % 2003]} That is {i}."

@@ -45,10 +45,11 @@ def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
     for group in read():
         samples, alive = list(group), list(range(len(group)))
         for judge in judges:
-            for i, verdict in zip(alive, judge([samples[i] for i in alive]), strict=True):
+            verdicts = judge([samples[i] for i in alive])
+            for i, verdict in zip(alive, verdicts, strict=True):
                 if not verdict.keep or verdict.score is not None:
                     samples[i] = samples[i].judged(verdict)
-            if not (alive := [i for i in alive if samples[i].ending == "kept"]):
+            if not (alive := [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]):
                 break
         yield samples
 

@@ -19,6 +19,7 @@ _QUOTED = re.compile(
     r"""[“„«][^“”„»]*(?:[“”»]|$) | "[^"]*(?:"|$) | (?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w) | ^>.*$""",
     re.MULTILINE | re.VERBOSE,
 )
+_QUOTES = re.compile(r"""["“„«>]|(?<!\w)'""")
 _START = r'^[^\w"]*(?:(?:no|oh|hello|hi|well|hmm)\b[\s,.!–—-]+)?'
 _BETWEEN = r"(?:[^.!?\n]{0,80}?|[\s.!,;:—–-]*)"  # the rest of the sentence, or its end
 
@@ -235,7 +236,7 @@ class NoRefusal(RowFilter):
         start = unicodedata.normalize("NFC", sample.response.lstrip()[:WITHIN]).replace("’", "'")
         lowered = start.lower()
         likely = [name for name, hints in _HINTS.items() if any(map(lowered.__contains__, hints))]
-        own = _QUOTED.sub('""', start) if likely else ""
+        own = _QUOTED.sub('""', start) if likely and _QUOTES.search(start) else start
         for name in likely:
             if found := next(filter(None, (one(own) for one in _REFUSALS[name])), None):
                 return self.drop(f"refusal:{name}", evidence=found.group().strip()[:100])

@@ -11,6 +11,8 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from operator import eq
 from typing import Literal
 
 from pydantic import Field
@@ -42,19 +44,23 @@ class Repetition(RowFilter):
         if max(map(len, words), default=0) >= CHARACTERS and (run := _run_of_characters(words)):
             return self.drop(f"looping_characters={run}", score=run)
         words = text.translate(_MARKS).split() or words
-        grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-        repeated = len(grams) - len(set(grams))
+        grams = max(len(words) - 3, 0)
+        repeated = grams - len(set(_grams(words)))
         if repeated and (loops := _loop(words, range(1, SHORT + 1), repeated)):
             return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
         if repeated and len(words) >= self.min_words:
-            if (share := repeated / len(grams)) > self.max_repeated:
-                most = " ".join(Counter(grams).most_common(1)[0][0])
+            if (share := repeated / grams) > self.max_repeated:
+                most = " ".join(Counter(_grams(words)).most_common(1)[0][0])
                 return self.drop(f"repeated_4grams={share:.2f}>{self.max_repeated}", score=share, evidence=most)
             if loops := _loop(words, range(SHORT + 1, LONGEST + 1), repeated):
                 return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
         if text.count("\n") >= LINES - 1 and (same := _same_lines(text)):
             return self.drop(f"repeated_lines={same[1]}", score=same[1], evidence=same[0][:100])
         return self.keep()
+
+
+def _grams(words: list[str]) -> Iterable[tuple[str, ...]]:
+    return zip(words, words[1:], words[2:], words[3:], strict=False)
 
 
 def _loop(words: list[str], sizes: range, repeated: int) -> tuple[str, int] | None:
@@ -87,7 +93,7 @@ def _times(words: list[str], size: int, end: int) -> int:
 
 def _anywhere(words: list[str], size: int) -> int:
     """The most times that some `size` words stand one after another."""
-    same = bytes(map(str.__eq__, words, words[size:]))
+    same = bytes(list(map(eq, words, words[size:])))
     return max(map(len, same.split(b"\0"))) // size + 1
 
 

@@ -34,6 +34,8 @@ SENTENCES = [
     "It's often said that a {} needs no {}, but that isn't quite right.", "You can measure the {} with a simple {}.",
     "For example, a {} of 12 cm holds {} for about two days.", "Before 1950 the {} was rare, and a {} cost a month's pay.",
     "Let us compare the {} with the {}.", "So the {} follows from the {}, which was to be shown.",
+    "My advice: begin with the {}, and leave the {} for later.", "A good {} costs little; a bad {} costs a whole winter.",
+    "Nobody had seen such a {} before, not even the {} makers.", "Put the {} next to the {} and wait for 20 minutes.",
 ]  # fmt: skip
 WORDS = [
     "river", "stone", "garden", "winter", "lamp", "copper", "music", "paper", "morning", "window", "bridge", "forest", "sugar",
@@ -75,7 +77,7 @@ def rows(count: int) -> Iterator[Sample]:
     """Samples, each of a prompt of its own; texts come from a pool, so that making them costs little beside the rules."""
     draw = random.Random(5)
     prompts = [text(draw, 25) for _ in range(1000)]
-    pool = [text(draw, 124) for _ in range(2003)]
+    pool = [text(draw, 115) for _ in range(2003)]
     for i in range(count):
         asked = [SYSTEM, Message(role="user", content=f"{i}: {prompts[i % 1000]}")]
         answer = FAULTS[i // 100 % len(FAULTS)] if i % 100 == 99 else f"{pool[i % 2003]} That is {i}."

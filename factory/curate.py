@@ -104,10 +104,11 @@ def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
     for group in read():
         samples, alive = list(group), list(range(len(group)))
         for judge in judges:
-            for i, verdict in zip(alive, judge([samples[i] for i in alive]), strict=True):
+            verdicts = judge([samples[i] for i in alive])
+            for i, verdict in zip(alive, verdicts, strict=True):
                 if not verdict.keep or verdict.score is not None:
                     samples[i] = samples[i].judged(verdict)
-            if not (alive := [i for i in alive if samples[i].ending == "kept"]):
+            if not (alive := [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]):
                 break
         yield samples
 
@@ -135,7 +136,14 @@ def _judge(one: Any, look: Look) -> Judge:
 
 
 def _checked(one: RowFilter, sample: Sample) -> Verdict:
-    return _all_checked(one.kind, lambda samples: [one.check(samples[0])], [sample])[0]
+    """The verdict, or the error."""
+    try:
+        verdict = one.check(sample)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"no verdict, but {verdict!r}")
+        return verdict
+    except Exception as e:
+        return _broken(one.kind, e)
 
 
 def _all_checked(kind: str, judge: Callable[[list[Sample]], Any], samples: list[Sample]) -> list[Verdict]:

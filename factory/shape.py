@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from factory.filters.personal_data import masked
 from factory.knobs import Knobs
 from factory.rows import GIVEN, LABEL, Message, Prompt, Sample, TrainRow, Verdict, digest
 
@@ -27,7 +28,8 @@ class Shape(Knobs):
     `reasoning: keep` puts the trace first, `mask` does so outside the loss. `answer_after` says where the answer begins
     in texts that reason first: behind the last such mark; what stands before it is the trace, as what a teacher gives
     apart is. `tasks` makes several rows of a sample, with a weight each: the `answer`, or the `label` and the `rationale`
-    by themselves; and once per prompt the `truth`, its reference.
+    by themselves; and once per prompt the `truth`, its reference. `mask: personal_data` writes [EMAIL], [PHONE] ... for what
+    `filters/personal_data.py` finds, in prompt and completion.
     """
 
     kind: Literal["shape"] = "shape"
@@ -35,6 +37,7 @@ class Shape(Knobs):
     reasoning: Literal["drop", "keep", "mask"] = "drop"
     answer_after: str | None = Field(None, min_length=1)
     tasks: list[Task] | dict[Task, Annotated[float, Field(gt=0)]] = ["answer"]
+    mask: Literal["personal_data"] | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")
 
@@ -101,7 +104,7 @@ def _said(knobs: Shape, sample: Sample) -> _Said | Verdict:
             return Verdict(filter="shape", keep=None, reason=f"no_mark:{knobs.answer_after}")
     if "rationale" in knobs.tasks and not trace:
         return _not("no_trace")
-    return _Said(trace, text)
+    return _Said(masked(trace), masked(text)) if knobs.mask else _Said(trace, text)
 
 
 def _rows(knobs: Shape, sample: Sample, said: _Said) -> list[TrainRow | Sample]:
@@ -135,6 +138,7 @@ def _row(knobs: Shape, sample: Sample, task: Task, weight: float, text: str, unl
 def _truth(knobs: Shape, sample: Sample) -> list[TrainRow]:
     """The reference as an answer, where the recipe wants it and the prompt has one."""
     weight, reference = knobs.weights.get("truth"), (sample.prompt.reference or "").strip()
+    reference = masked(reference) if knobs.mask else reference
     return [_row(knobs, sample, "truth", weight, reference)] if weight is not None and reference else []
 
 
@@ -152,6 +156,8 @@ def lacking_truth(knobs: Shape, groups: Iterable[list[Sample]]) -> list[str]:
 def student_view(knobs: Shape, prompt: Prompt, task: Task | None = None) -> list[Message]:
     """The prompt as the student sees it, in training and, without a task, when it is measured."""
     messages = prompt.messages
+    if knobs.mask:
+        messages = [Message(role=message["role"], content=masked(message["content"])) for message in messages]
     if knobs.system is not None:
         plain = [message for message in messages if message["role"] != "system"]
         messages = [Message(role="system", content=knobs.system), *plain]

@@ -15,6 +15,7 @@ SMALL = [
     ("local", "--prompts=4 --tokens=4", ["differing_texts_that_are_no_ties"]),
     ("memory", "--prompts=1500", ["peak_mb_1500_prompts"]),
     ("scale", "--prompts=3000", ["requests_for_what_is_stored"]),
+    ("rules", "--rows=100 --stream=1000", ["planted_faults_that_stay"]),
     ("kills", "--prompts=120 --kills=4", [
         "stored_answers_lost", "stored_answers_paid_again", "duplicate_rows", "requests_beyond_prompts_per_kill",
         "most_requests_beyond_prompts_at_one_kill", "dataset_files_that_differ",

@@ -244,3 +244,13 @@ def test_the_truth_stands_once_beside_the_answers_of_a_prompt() -> None:
 def test_tasks_that_contradict_each_other_are_refused(knobs: dict[str, Any], text: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=text):
         Shape(**knobs)
+
+
+def test_personal_data_is_masked_in_prompt_and_completion_alike() -> None:
+    asked = prompt(turns=[Message(role="user", content="I am lena@posteo.de. Greet me.")])
+    sample = answer("Hello lena@posteo.de!", asked, reasoning="She is lena@posteo.de.")
+    made = row(sample, mask="personal_data", reasoning="keep", system="Be kind.")
+    assert [message["content"] for message in made.prompt] == ["Be kind.", "I am [EMAIL]. Greet me."]
+    assert made.completion[0]["content"] == "<think>\nShe is [EMAIL].\n</think>\n\nHello [EMAIL]!"
+    assert made.prompt == student_view(Shape(mask="personal_data", system="Be kind."), asked)
+    assert "posteo" in str(row(sample))

@@ -12,14 +12,21 @@ To add one: a class in a file here, its name in the union `Filter` below, and a 
 from typing import Any, TypeAlias
 
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
+from factory.filters.form import Format
+from factory.filters.language import Language
+from factory.filters.leakage import CopiedPrompt, Leakage
+from factory.filters.personal_data import PersonalData
 from factory.filters.reference import MatchesReference
 from factory.filters.refusal import NoRefusal
-from factory.filters.rules import Finished, Format, Repetition, Tokens, Words
+from factory.filters.repetition import Repetition
+from factory.filters.rules import Finished, Ratio, Tokens, Words
 from factory.filters.shapes import GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.trace import Trace
 from factory.knobs import one_key
 
 Filter: TypeAlias = (
-    Finished | Words | Tokens | NoRefusal | Repetition | Format | MatchesReference | ExactDuplicates | NearDuplicates
+    Finished | Words | Tokens | Ratio | Language | NoRefusal | Repetition | CopiedPrompt | Leakage | Trace | PersonalData
+    | Format | MatchesReference | ExactDuplicates | NearDuplicates
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
 

@@ -15,6 +15,7 @@ The map, in the order that data flows (a file imports only from files above it):
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
     rubric, judge            stage: scores by a model
+    score, scorer            stage: scores by local models and verifiers
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns

@@ -15,6 +15,7 @@ from factory.judge import Judge
 from factory.mistakes import Problem
 from factory.pair import PairUp
 from factory.recipe import Recipe, Stage
+from factory.score import Score
 from factory.shape import Shape
 from factory.train import Train
 from factory.yamlfile import Path_
@@ -23,7 +24,8 @@ Until = Literal["build", "train", "eval", "run"]
 Made = Literal["samples", "rows", "pairs"]
 
 MAKES: dict[type, Made] = {
-    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Choose: "samples", Shape: "rows", PairUp: "pairs",
+    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Score: "samples", Choose: "samples",
+    Shape: "rows", PairUp: "pairs",
 }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from factory.errors import RecipeError
 from factory.evaluate import Evaluate
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
+from factory.filters.threshold import Threshold
+from factory.filters.verifier import Verifier
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs, one_key
@@ -22,6 +24,7 @@ from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
 from factory.recipe_file import Source, read
+from factory.score import Score
 from factory.shape import Shape
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
@@ -32,7 +35,7 @@ from factory.train import Train, check_args
 from factory.weights import Weights, is_path, lacking_packages
 from factory.yamlfile import Path_, written
 
-Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
+Stage: TypeAlias = Generate | Curate | Judge | Score | Choose | Shape | PairUp | Train | Evaluate
 StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -66,6 +69,14 @@ class Recipe(Knobs):
     def place_of(self, knobs: Knobs) -> int | None:
         """Where a stage stands; None for one that goes without saying."""
         return next((i for i, stage in enumerate(self.stages) if stage is knobs), None)
+
+    def verifiers(self) -> Iterator[Verifier]:
+        """Those of all stages: what they need is looked for before anything is sent."""
+        for stage in self.stages:
+            filters = [*stage.filters] if isinstance(stage, Curate) else [getattr(stage, "of", None)]
+            yield from (one for one in filters if isinstance(one, Verifier))
+            if isinstance(stage, Evaluate):
+                yield stage.reference
 
     def taught(self, teacher: str | None) -> Generate | None:
         """The first `generate` that names a teacher: it is measured as it was asked there."""
@@ -191,6 +202,14 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
+        case Score(model=str(name)) if (entry := recipe.models.get(name)) is not None:
+            if not isinstance(entry, Weights):
+                yield (
+                    ("model",),
+                    f"models.{name} is `type: {entry.type}`; a scorer's weights are local: `type: transformers`",
+                )
+            elif stage.by == "reward" and (entry.layers is not None or entry.model.endswith(".gguf")):
+                yield ("model",), f"models.{name}: a reward model is a whole folder, without `layers` and no .gguf"
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
             if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
@@ -216,6 +235,8 @@ def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
         case Curate():
             ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
             yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)
+            limited = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Threshold))
+            yield from (((k, one.kind, "name"), one.name) for k, one in limited)
 
 
 def _names_lost(made: Draft) -> set[str]:
@@ -265,8 +286,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield "fallback", stage.fallback
         case Curate():
             yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
-        case Judge():
-            yield "model", stage.model
+        case Judge() | Score(model=str()):
+            yield "model", str(stage.model)
         case Train():
             yield "student", stage.student
         case Evaluate():

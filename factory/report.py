@@ -18,7 +18,7 @@ from factory.pair import audit
 from factory.rows import Pair, Row
 from factory.run import StageFolder, write_bytes, write_json
 
-SAMPLE_STAGES = ("given", "generate", "filter", "judge", "choose")
+SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
 MAX_SAMPLES = 40

@@ -11,16 +11,33 @@ To add one: a class in a file here, its name in the union `Filter` below, and a 
 
 from typing import Any, TypeAlias
 
+from factory.filters.code import Code
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
+from factory.filters.gym import ReasoningGym
 from factory.filters.reference import MatchesReference
 from factory.filters.refusal import NoRefusal
 from factory.filters.rules import Finished, Format, Repetition, Tokens, Words
 from factory.filters.shapes import GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.threshold import Threshold
+from factory.filters.verifier import Verifier
 from factory.knobs import one_key
 
 Filter: TypeAlias = (
     Finished | Words | Tokens | NoRefusal | Repetition | Format | MatchesReference | ExactDuplicates | NearDuplicates
+    | Code | ReasoningGym | Threshold
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
+VerifierKnob: Any = one_key(MatchesReference | Code | ReasoningGym)
 
-__all__ = ["Filter", "FilterKnob", "GroupFilter", "Judge", "Kit", "Look", "RowFilter", "SetFilter"]
+__all__ = [
+    "Filter",
+    "FilterKnob",
+    "GroupFilter",
+    "Judge",
+    "Kit",
+    "Look",
+    "RowFilter",
+    "SetFilter",
+    "Verifier",
+    "VerifierKnob",
+]

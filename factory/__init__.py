@@ -22,7 +22,7 @@ The map, in the order that data flows (a file imports only from files above it):
     stats, evaluate          intervals; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
-    findings, report         what a run shows: sentences, one page, one JSON
+    rejects, findings, report       what a run shows: sentences, one page, one JSON
     publish, pipeline        what a run publishes; the whole run on one screen
     ledger, spending, exchange   the journal from outside
     shelf                    what has run, for people

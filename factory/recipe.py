@@ -13,6 +13,7 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
+from factory.filters.code import Code
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
 from factory.filters.threshold import Threshold
@@ -148,6 +149,10 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
+    if any(isinstance(one, Code) for one in recipe.verifiers()):
+        found.append(
+            "the filter code runs programs that models wrote on this machine: `factory run` needs --allow-code"
+        )
     return found
 
 

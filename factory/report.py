@@ -15,6 +15,7 @@ from typing import Any
 
 from factory.findings import findings
 from factory.pair import audit
+from factory.rejects import rejects
 from factory.rows import Pair, Row
 from factory.run import StageFolder, write_bytes, write_json
 
@@ -63,6 +64,7 @@ def collect(run: Path) -> dict[str, Any]:
         "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
+        "rejects": rejects(stages, manifest["seed"]),
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),

@@ -122,6 +122,7 @@ class Scorer:
         if batch:
             yield batch
 
+    @torch.inference_mode()
     def _forward(self, texts: list[Text]) -> list[float]:
         """The reward of each text, or the mean loss (nats) of its answer's tokens."""
         longest = max(len(text.ids) for text in texts)
@@ -158,10 +159,9 @@ def main() -> None:
     weights = Weights.model_validate(job["weights"])
     try:
         folder = materialise(weights, Path(job["cache"]))
-        with torch.inference_mode():
-            scorer = Scorer(folder, job["name"], job["by"], job["device"], weights.dtype)
-            for line in rows:
-                out.write(json.dumps(scorer.scores(json.loads(line)), allow_nan=False) + "\n")
+        scorer = Scorer(folder, job["name"], job["by"], job["device"], weights.dtype)
+        for line in rows:
+            out.write(json.dumps(scorer.scores(json.loads(line)), allow_nan=False) + "\n")
     except FactoryError as e:
         sys.exit(str(e))
 

@@ -55,6 +55,20 @@ def tiny_model(
     return folder
 
 
+def reward_model(folder: Path, *, labels: int = 1, pad: bool = True, seed: int = 0) -> Path:
+    """A tiny sequence classifier with the same tokenizer and template; without `pad` its config knows no padding."""
+    import torch
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    tiny_model(folder)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(folder, num_labels=labels)
+    if not pad:
+        config.pad_token_id = None
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
 def saying_model(folder: Path, sentences: list[str], sure: float = 24.0) -> Path:
     """A tiny model that answers anything with one of `sentences`, drawn at random, and ends: no training needed.
 

@@ -9,7 +9,7 @@ A filter is a small record of its thresholds with one method, and comes in three
 To add one: a class in a file here, its name in the union `Filter` below, and a table of rows in `tests/test_filters.py`.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from factory.filters.code import Code
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
@@ -27,9 +27,12 @@ Filter: TypeAlias = (
     | Code | ReasoningGym | Threshold
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
-VerifierKnob: Any = one_key(MatchesReference | Code | ReasoningGym)
+AnyVerifier: TypeAlias = MatchesReference | Code | ReasoningGym
+VerifierKnob: Any = one_key(AnyVerifier)
+VERIFIERS = frozenset(record.model_fields["kind"].default for record in get_args(AnyVerifier))
 
 __all__ = [
+    "VERIFIERS",
     "Filter",
     "FilterKnob",
     "GroupFilter",

@@ -13,18 +13,14 @@ run in a child process (`scorer.py`).
 """
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import chain, islice
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import msgspec
 from pydantic import Field, model_validator
 
-from factory.child import child_environment
+from factory.child import Child, ChildEnded
 from factory.curate import checked
 from factory.errors import EngineError, RecipeError
 from factory.filters import VerifierKnob
@@ -113,7 +109,7 @@ def _agreement(name: str, reader: MatchesReference, group: list[Sample]) -> Iter
     shares = {i: len(places) / len(group) for _, places in said for i in places}
     for i, sample in enumerate(group):
         if i in broken:
-            yield sample.judged(Verdict(filter=name, keep=None, reason=broken[i]))
+            yield sample.judged(Verdict(filter="score", keep=None, reason=broken[i]))
         else:
             yield sample.scored(**{name: shares[i]}) if i in shares else sample
 
@@ -129,66 +125,32 @@ def _same(reader: MatchesReference, answer: str, other: str) -> bool:
 
 
 def _by_model(knobs: Score, samples: Iterator[Sample], models: Models) -> Iterator[Sample]:
-    assert knobs.model is not None
-    child: _Child | None = None
+    """The child starts at the first row, and ends with the last."""
+    child: Child | None = None
     try:
         while window := list(islice(samples, WINDOW)):
-            child = child or _Child(knobs, models)
-            rows = [{"messages": s.prompt.messages, "answer": s.response} for s in window]
+            child = child or _scorer(knobs, models)
+            rows = [{"messages": sample.prompt.messages, "answer": sample.response} for sample in window]
             for sample, told in zip(window, child.ask(rows), strict=True):
                 if isinstance(told, str):
-                    yield sample.judged(Verdict(filter=knobs.name, keep=None, reason=told))
+                    yield sample.judged(Verdict(filter="score", keep=None, reason=told))
                 else:
                     yield sample.scored(**{knobs.name: told})
+    except ChildEnded as e:
+        raise EngineError(f"score: {knobs.model}: {e}") from None
     finally:
         if child:
             child.close()
 
 
-class _Child:
-    """The scoring child, from the parent's side."""
-
-    def __init__(self, knobs: Score, models: Models) -> None:
-        assert knobs.model is not None
-        entry = models.entry(knobs.model)
-        if not isinstance(entry, Weights):
-            raise RecipeError(f"score: models.{knobs.model} has no local weights; a scorer is `type: transformers`")
-        job = {
-            "by": knobs.by, "name": knobs.model, "cache": str(models.runs / "weights"),
-            "weights": {name: getattr(entry, name) for name in Weights.model_fields},
-            "device": getattr(entry, "device", None),
-        }  # fmt: skip
-        self.name = knobs.model
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "factory.scorer", json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, env=child_environment(), start_new_session=True,
-        )  # fmt: skip
-
-    def ask(self, rows: list[dict[str, Any]]) -> list[float | str]:
-        """Of each row the score, or why there is none."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(rows) + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the reading tells
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise EngineError(f"score: {self.name}: {self._last_words()}")
-        return msgspec.json.decode(line, type=list[float | str])
-
-    def close(self) -> None:
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-        self._process.wait()
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = [line for line in self._errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        return " | ".join(lines[-2:]) or f"its process ended with {code}"
+def _scorer(knobs: Score, models: Models) -> Child:
+    assert knobs.model is not None
+    entry = models.entry(knobs.model)
+    if not isinstance(entry, Weights):
+        raise RecipeError(f"score: models.{knobs.model} has no local weights; a scorer is `type: transformers`")
+    weights = {name: getattr(entry, name) for name in Weights.model_fields}
+    job = {
+        "by": knobs.by, "name": knobs.model, "weights": weights, "cache": str(models.runs / "weights"),
+        "device": getattr(entry, "device", None),
+    }  # fmt: skip
+    return Child("factory.scorer", json.dumps(job))

@@ -77,8 +77,8 @@ def test_a_child_that_hangs_is_ended_and_one_that_dies_is_replaced() -> None:
         verifier.ask(answer="1", reference="1")
     verifier.limit_s = 15
     assert verifier.ask(answer="1", reference="1")["same"]
-    child = verifier._child
-    assert child is not None
+    assert verifier.child is not None
+    child = verifier.child.process
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(Broken, match="verifier_crashed"):
         verifier.ask(answer="1", reference="1")

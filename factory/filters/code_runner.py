@@ -48,11 +48,9 @@ def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def _within(inside: str, arguments: tuple[Any, ...]) -> bool:
-    paths = [
-        os.fsdecode(one) for one in arguments if isinstance(one, str | bytes) and one not in ("w", "wb", "a", "r+")
-    ]
-    allowed = (inside + os.sep, "/dev/null")
-    return all((os.path.realpath(path) + os.sep).startswith(allowed) for path in paths)
+    """A mode such as `w` is taken for a path, too: inside."""
+    paths = [os.path.realpath(os.fsdecode(one)) + os.sep for one in arguments if isinstance(one, str | bytes)]
+    return all(path.startswith((inside + os.sep, "/dev/null")) for path in paths)
 
 
 def limit(cpu_s: int, memory: int) -> None:

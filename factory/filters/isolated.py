@@ -7,18 +7,13 @@ for the next answer: the row is missing, not wrong. Memory is limited, too.
 import json
 import os
 import re
-import select
-import subprocess
 import sys
-import time
-import weakref
-from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import IO, Any
 
-from factory.child import child_environment, die_with_parent
-from factory.errors import RecipeError
+from factory.child import Child, ChildEnded, die_with_parent
+from factory.errors import EngineError, RecipeError
 
 LIMIT_S = 15.0
 """For one answer. math-verify's own limits (5 s for a parse, 5 s for a comparison) come first."""
@@ -51,54 +46,35 @@ class Isolated:
 
     def __init__(self, job: str, limit_s: float = LIMIT_S) -> None:
         self.job, self.limit_s = job, limit_s
-        self._child: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
+        self._useless: EngineError | None = None
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """What the job says; Broken where it takes too long or dies."""
-        child = self._child or self._start()
-        assert child.stdin is not None
+        child = self.child = self.child or self._started()
         try:
-            child.stdin.write(json.dumps(question).encode() + b"\n")
-            child.stdin.flush()
-        except BrokenPipeError:
-            pass  # the reading tells
-        told = self._read(child, self.limit_s)
+            told: dict[str, Any] = child.ask(question, self.limit_s)
+        except (TimeoutError, ChildEnded) as e:
+            self.child = None
+            child.close()
+            late = isinstance(e, TimeoutError)
+            raise Broken(f"verifier_timeout={self.limit_s:g}s" if late else f"verifier_crashed:{e}"[:200]) from None
         if "error" in told:
             raise Broken(f"verifier_error:{told['error']}")
         return told
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> Child:
+        if self._useless is not None:
+            raise self._useless
         lacking(self.job, self.job)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "factory.filters.isolated", self.job], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=child_environment(), start_new_session=True,
-        )  # fmt: skip
-        self._child, self._end = child, weakref.finalize(self, _end, child)
-        self._read(child, START_S)
+        child = Child("factory.filters.isolated", self.job)
+        try:
+            child.hear(START_S)
+        except (TimeoutError, ChildEnded) as e:
+            child.close()
+            self._useless = EngineError(f"{self.job}: the verifier does not start: {e}")
+            raise self._useless from None
         return child
-
-    def _read(self, child: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
-        assert child.stdout is not None
-        line, until = b"", time.monotonic() + limit_s
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([child.stdout], [], [], max(0.0, until - time.monotonic()))
-            more = os.read(child.stdout.fileno(), 1 << 16) if ready else b""
-            if not more:
-                self._child = None
-                self._end()
-                raise Broken("verifier_crashed" if ready else f"verifier_timeout={limit_s:g}s")
-            line += more
-        told: dict[str, Any] = json.loads(line)
-        return told
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
-    for pipe in (child.stdin, child.stdout):
-        assert pipe is not None
-        with suppress(OSError):  # what was not yet written is of no use
-            pipe.close()
-    child.wait()
 
 
 # -- in the child ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(home / "base", context=128, spread=0.2)
     reward_model(home / "reward")
     reward_model(home / "no_pad", pad=False)
+    reward_model(home / "both_ways", both_ways=True)
     reward_model(home / "two", labels=2)
+    reward_model(home / "headless")
+    tiny_model(home / "plain")
+    shutil.copy(home / "plain/model.safetensors", home / "headless/model.safetensors")
     tiny_model(home / "silent")
     (home / "silent/chat_template.jinja").unlink()
     return home
@@ -73,7 +77,8 @@ ROWS = [answer(text, prompt(f"What is {'it, and why, ' * (i % 4)}{i}?")) for i, 
 
 
 @pytest.mark.parametrize(
-    ("by", "model"), [("likelihood", "base"), ("ifd", "base"), ("reward", "reward"), ("reward", "no_pad")]
+    ("by", "model"),
+    [("likelihood", "base"), ("ifd", "base"), ("reward", "reward"), ("reward", "no_pad"), ("reward", "both_ways")],
 )
 def test_a_row_gets_what_the_bare_model_gives_in_whatever_company(weights: Path, by: str, model: str) -> None:
     together = scored(weights, ROWS, by, model)
@@ -127,6 +132,7 @@ def test_an_answer_that_just_fits_is_scored(weights: Path) -> None:
     ("by", "model", "told"),
     [
         ("reward", "base", "base is no reward model: it has"),
+        ("reward", "headless", "headless is no reward model: it has no trained head"),
         ("reward", "two", "two is no reward model: it has 2 labels, not one"),
     ],
 )

@@ -16,12 +16,13 @@ import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from factory.curate import Curate, row_filters
 from factory.filters.code import program, walls
 from factory.filters.isolated import Broken, Isolated
 from factory.filters.reference import compare
 from tests.command import funnel, report, typed
 from tests.command import told as refused
-from tests.sample_rows import answer, ends, filtered, one_filter, prompt
+from tests.sample_rows import Words, answer, ends, filtered, one_filter, prompt
 
 # -- mathematics -----------------------------------------------------------------------------------------------------------
 
@@ -259,6 +260,11 @@ def test_a_score_within_the_limits_stays(knobs: dict[str, float], score: float |
     (row,) = filtered([{"score": {"name": "s", **knobs}}], [answer("a", scores={} if score is None else {"s": score})])
     assert ends([row]) == [reason]
     assert row.ending == ("failed" if score is None else "dropped" if reason else "kept")
+
+
+def test_answers_under_test_have_no_scores_so_a_threshold_is_no_part_of_accepting_them() -> None:
+    knobs = Curate(filters=["finished", {"score": {"name": "s", "min": 1}}, "code"])
+    assert [one.kind for one in row_filters(knobs, Words())] == ["finished", "code"]
 
 
 def test_the_teachers_own_log_probability_is_a_score() -> None:

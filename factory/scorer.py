@@ -21,8 +21,8 @@ from factory.child import die_with_parent
 from factory.errors import EngineError, FactoryError
 from factory.weights import Weights, materialise
 
-TOKENS = 8192
-"""Of a batch, padding included: enough to keep any processor busy."""
+TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Of a batch, padding included. On a processor more was slower (107 rows a second against 69 with 4,096, a tiny model)."""
 CELLS = 1 << 26
 """Logits of a batch, tokens x vocabulary: a quarter of a gigabyte in float32."""
 
@@ -66,8 +66,9 @@ class Scorer:
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         # a classifier finds the end of a text by its padding; without one it cannot tell rows of a batch apart
         self.pad = config.get_text_config().pad_token_id
-        self.most_rows = 1 if by == "reward" and self.pad is None else TOKENS
-        self.most_tokens = TOKENS if by == "reward" else max(1, CELLS // config.get_text_config().vocab_size)
+        self.most_rows = 1 if by == "reward" and self.pad is None else CELLS
+        fitting = CELLS if by == "reward" else CELLS // config.get_text_config().vocab_size
+        self.most_tokens = min(TOKENS.get(self.device.type, TOKENS["cuda"]), max(1, fitting))
 
     def scores(self, rows: list[dict[str, Any]]) -> list[Told]:
         texts: list[list[Text] | str] = [self._tried(row) for row in rows]
@@ -128,8 +129,12 @@ class Scorer:
         longest = max(len(text.ids) for text in texts)
         pads = [longest - len(text.ids) for text in texts]
         ids = torch.tensor([text.ids + [self.pad or 0] * n for text, n in zip(texts, pads, strict=True)])
-        mask = torch.tensor([[1] * (longest - n) + [0] * n for n in pads])
-        told = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+        how: dict[str, Any] = {
+            "use_cache": False
+        }  # a writer sees only what stands before: padding behind needs no mask
+        if self.by == "reward":
+            how = {"attention_mask": torch.tensor([[1] * (longest - n) + [0] * n for n in pads]).to(self.device)}
+        told = self.model(input_ids=ids.to(self.device), **how).logits
         if self.by == "reward":
             return [float(one) for one in told[:, 0].float()]
         losses = []

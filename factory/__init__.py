@@ -15,6 +15,7 @@ The map, in the order that data flows (a file imports only from files above it):
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
     rubric, judge            stage: scores by a model
+    score, scorer            stage: scores by local models and verifiers
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
     audit                    what preference rows would teach besides quality
     dataset                  training files and card
@@ -22,7 +23,7 @@ The map, in the order that data flows (a file imports only from files above it):
     stats, evaluate          intervals; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
-    findings, report         what a run shows: sentences, one page, one JSON
+    rejects, findings, report       what a run shows: sentences, one page, one JSON
     publish, pipeline        what a run publishes; the whole run on one screen
     ledger, spending, exchange   the journal from outside
     forms, push              what a run made, for other tools and for a hub

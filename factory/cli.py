@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--wait", action="store_true", help="where a batch is submitted, stay until it is done instead of leaving"
         )
+        verb.add_argument(
+            "--allow-code",
+            action="store_true",
+            help="let the filter `code` run programs that models wrote on this machine",
+        )
         verb.set_defaults(verb=_run, until=name)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
     _recipe_arguments(verb)
@@ -198,7 +203,7 @@ def _run(arguments: argparse.Namespace) -> int:
     draft, a = _draft(arguments), arguments
     checked = check(draft, a.runs, a.allow_http, fetch=True)
     wait = LOOK_FIRST_S if a.wait else None
-    folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts)
+    folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts, a.allow_code)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.threshold import Threshold
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
 
@@ -89,13 +90,14 @@ def not_drawn() -> Verdict:
 
 
 def row_filters(knobs: Curate, kit: Kit) -> list[RowFilter]:
-    """The filters that look at one answer alone: what "accepted" means when a student is measured."""
-    return [one.open(kit) for one in knobs.filters if isinstance(one, RowFilter)]
+    """The filters that look at one answer alone: what "accepted" means when a student is measured. Scores come later."""
+    alone = (one for one in knobs.filters if isinstance(one, RowFilter) and not isinstance(one, Threshold))
+    return [one.open(kit) for one in alone]
 
 
 def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
     """The first verdict that does not keep the sample; None when all filters accept it."""
-    verdicts = (_checked(one, sample) for one in filters)
+    verdicts = (checked(one, sample) for one in filters)
     return next((verdict for verdict in verdicts if not verdict.keep), None)
 
 
@@ -123,7 +125,7 @@ def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
 def _judge(one: Any, look: Look) -> Judge:
     """Any filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
     if isinstance(one, RowFilter):
-        return lambda samples: [_checked(one, sample) for sample in samples]
+        return lambda samples: [checked(one, sample) for sample in samples]
     if isinstance(one, GroupFilter):
         return lambda samples: _all_checked(one.kind, one.check_group, samples)
     assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"
@@ -135,8 +137,8 @@ def _judge(one: Any, look: Look) -> Judge:
     return lambda samples: _all_checked(one.kind, judge, samples)
 
 
-def _checked(one: RowFilter, sample: Sample) -> Verdict:
-    """The verdict, or the error."""
+def checked(one: RowFilter, sample: Sample) -> Verdict:
+    """Its verdict, or the error that set the sample aside."""
     try:
         verdict = one.check(sample)
         if not isinstance(verdict, Verdict):

@@ -12,7 +12,7 @@ from factory.choose import Choose, Quota
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
-from factory.filters.reference import MatchesReference
+from factory.filters.verifier import Verifier
 from factory.generate import Generate, Given
 from factory.judge import Judge
 from factory.mistakes import nearest
@@ -22,6 +22,7 @@ from factory.prompts import PromptLists
 from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.score import Score
 from factory.shape import Shape
 from factory.teachers.reference import Reference
 from factory.train import Train
@@ -81,6 +82,8 @@ def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
             if before.scores is None or (name := _score_name(knobs)) is None:
                 return before._replace(scores=None)
             return before._replace(scores=before.scores | {name})
+        case Score() as knobs if before.scores is not None:
+            return before._replace(scores=before.scores | {knobs.name})
         case Choose(per="prompt") as knobs:
             return before._replace(most=min(before.most, knobs.best or knobs.cap or math.inf))
         case _:
@@ -115,10 +118,12 @@ def _of_step(
             yield Finding(("quota", "most"), text)
         case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
             yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
+        case Score(by="verdict") if not _any_brings("references", before.sets, prompts):
+            yield Finding(("of",), f"no prompt of {_of(before.sets)} has a `reference`, so no answer gets a verdict")
         case Curate() as knobs:
             for i, one in enumerate(knobs.filters):
-                if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
-                    text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
+                if isinstance(one, Verifier) and not _any_brings("references", before.sets, prompts):
+                    text = f"{one.kind} keeps everything: no prompt of {_of(before.sets)} has a `reference`"
                     yield Finding((i,), text, fatal=False)
         case Shape() as knobs if "truth" in knobs.tasks and not _any_brings("references", before.sets, prompts):
             yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")

@@ -21,11 +21,13 @@ from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rows import digest
 from factory.run import StageFolder
+from factory.score import Score
 from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 2, "filter": 2, "judge": 2, "choose": 2, "shape": 2, "pair": 3, "train": 1, "evaluate": 1,
+    "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 2, "score": 1, "choose": 2, "shape": 2,
+    "pair": 3, "train": 1, "evaluate": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -42,7 +44,7 @@ class Naming:
     def place(self, step: Step, made: Made) -> StageFolder:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
-        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
+        names = {"from_"} if isinstance(step.knobs, Judge | Score) else {"from_", "as_"}  # the name of a score
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
             [made[number].manifest["content"] for number in step.reads],
@@ -78,6 +80,8 @@ class Naming:
                 return [*knobs.models, *([knobs.fallback] if knobs.fallback else [])]
             case Judge() as knobs:
                 return [knobs.model]
+            case Score(model=str(name)):
+                return [name]
             case Train() as knobs:
                 return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:

@@ -47,6 +47,7 @@ from factory.rounds import Measured, Rounds
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
+from factory.score import Score, score
 from factory.shape import Shape, lacking_truth, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
@@ -56,7 +57,7 @@ UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "a
 
 def run(
     recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
-    wait: float | None = None, prompts: PromptLists | None = None,
+    wait: float | None = None, prompts: PromptLists | None = None, allow_code: bool = False,
 ) -> Path:  # fmt: skip
     """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
 
@@ -64,13 +65,12 @@ def run(
     doomed stage stops early, and a run that ends above it raises TooManyFailures when everything else is done.
     `retry_failed` asks again for draws without an answer.
     `wait`: where a batch is submitted, stay until it is done, looking at it first after so many seconds; None raises Waiting.
-    `prompts`: the recipe's own, where they are read already.
+    `prompts`: the recipe's own, where they are read already. `allow_code`: the filter `code` may run what models wrote.
     """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
-        work = Work(
-            recipe, prompts or load(recipe.prompts, recipe.seed, find), runs, journal, max_failed, retry_failed, wait
-        )
+        prompts = prompts or load(recipe.prompts, recipe.seed, find)
+        work = Work(recipe, prompts, runs, journal, max_failed, retry_failed, wait, allow_code)
         try:
             work.begin(steps)
             rounds = Rounds(steps)
@@ -102,14 +102,14 @@ class Work:
 
     def __init__(
         self, recipe: Recipe, prompts: PromptLists, runs: Path, journal: Journal, max_failed: float, retry_failed: bool,
-        wait: float | None,
+        wait: float | None, allow_code: bool = False,
     ) -> None:  # fmt: skip
         self.recipe, self.prompts, self.runs, self.journal = recipe, prompts, runs, journal
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
         self.rows: dict[str, dict[str, int]] = {}
-        self.models = Models(recipe.models, recipe.first_student(), runs)
+        self.models = Models(recipe.models, recipe.first_student(), runs, allow_code)
         self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
         if retry_failed:
@@ -127,6 +127,8 @@ class Work:
         for stage in self.recipe.stages:
             if isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
+        for verifier in self.recipe.verifiers():
+            verifier.open(self.models)
         for finding in foresee(self.recipe, steps, self.prompts):
             if finding.fatal:
                 raise RecipeError(str(finding))
@@ -232,6 +234,9 @@ class Work:
                 _put_all(
                     out, curate(knobs, partial(self._groups, step), self.models, self.recipe.seed), step.title, planned
                 )
+            case Score() as knobs:
+                planned = self._rows_in(step)
+                _put_all(out, score(knobs, self._groups(step), self.models), step.title, planned)
             case Choose() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)

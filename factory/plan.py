@@ -15,6 +15,7 @@ from factory.judge import Judge
 from factory.mistakes import Problem
 from factory.pair import PairUp
 from factory.recipe import Recipe
+from factory.score import Score
 from factory.shape import Shape
 from factory.stages import Repeat, Round, Stage
 from factory.train import METHODS, Train
@@ -24,7 +25,8 @@ Until = Literal["build", "train", "eval", "run"]
 Made = Literal["samples", "rows", "pairs", "unpaired rows"]
 
 MAKES: dict[type, Made] = {
-    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Choose: "samples", Shape: "rows", PairUp: "pairs",
+    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Score: "samples", Choose: "samples",
+    Shape: "rows", PairUp: "pairs",
 }  # fmt: skip
 
 
@@ -109,17 +111,18 @@ class _Drawing:
         self.done.append(stage)
 
     def _add_train(self, stage: Train, reads: tuple[int, ...], at: Path_) -> None:
-        wanted: Made = METHODS[stage.method].reads
+        wanted: tuple[Made, ...] = METHODS[stage.method].reads
+        of_rows = "rows" in wanted
         if not reads:
-            reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
-        if not reads and wanted == "rows":
+            reads = self._latest("samples", "rows") if of_rows else self._latest(*wanted)
+        if not reads and of_rows:
             reads = (self._put(Given(), (), self._all_sets),)
         if not reads:
-            self.problems.append((at, f"nothing before it makes {wanted}; put a `pair` stage there"))
-        elif wanted == "rows" and all(self._made[number] == "samples" for number in reads):
+            self.problems.append((at, f"nothing before it makes {wanted[0]}; put a `pair` stage there"))
+        elif of_rows and all(self._made[number] == "samples" for number in reads):
             reads = (self._put(Shape(), reads, ()),)
-        if wrong := [n for n in reads if self._made[n] != wanted]:
-            self.problems.append((at, f"{stage.method} trains on {wanted}, but reads {self._made[wrong[0]]}"))
+        if wrong := [n for n in reads if self._made[n] not in wanted]:
+            self.problems.append((at, f"{stage.method} trains on {wanted[0]}, but reads {self._made[wrong[0]]}"))
         self._put(stage, reads, ())
         self.trained = True
 

@@ -15,8 +15,11 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
+from factory.filters.code import Code
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
+from factory.filters.threshold import Threshold
+from factory.filters.verifier import Verifier
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs
@@ -24,6 +27,7 @@ from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
 from factory.recipe_file import Source, read
+from factory.score import Score
 from factory.shape import Shape
 from factory.stages import Placed, Repeat, Stage, StageKnob, unrolled
 from factory.teachers import ModelEntry
@@ -79,6 +83,14 @@ class Recipe(Knobs):
     def place_of(self, knobs: Knobs) -> int | None:
         """Which of `stages` a stage is; None for one that goes without saying."""
         return next((i for i, stage in enumerate(self.stages) if stage is knobs), None)
+
+    def verifiers(self) -> Iterator[Verifier]:
+        """Those of all stages: what they need is looked for before anything is sent."""
+        for stage in self.stages:
+            filters = [*stage.filters] if isinstance(stage, Curate) else [getattr(stage, "of", None)]
+            yield from (one for one in filters if isinstance(one, Verifier))
+            if isinstance(stage, Evaluate):
+                yield stage.reference
 
     def taught(self, teacher: str | None) -> Generate | None:
         """The first `generate` that names a teacher: it is measured as it was asked there."""
@@ -158,6 +170,10 @@ def warnings(recipe: Recipe) -> list[str]:
             same = repr(known.model_dump(exclude=what)) if known else name
             if asked.setdefault(same, name) != name:
                 found.append(f"models.{name} is models.{asked[same]} under another name: every answer comes twice")
+    if any(isinstance(one, Code) for one in recipe.verifiers()):
+        found.append(
+            "the filter code runs programs that models wrote on this machine: `factory run` needs --allow-code"
+        )
     return found
 
 
@@ -219,6 +235,14 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
+        case Score(model=str(name)) if (entry := recipe.models.get(name)) is not None:
+            if not isinstance(entry, Weights):
+                yield (
+                    ("model",),
+                    f"models.{name} is `type: {entry.type}`; a scorer's weights are local: `type: transformers`",
+                )
+            elif stage.by == "reward" and (entry.layers is not None or entry.model.endswith(".gguf")):
+                yield ("model",), f"models.{name}: a reward model is a whole folder, without `layers` and no .gguf"
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
             if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
@@ -250,6 +274,8 @@ def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
         case Curate():
             ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
             yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)
+            limited = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Threshold))
+            yield from (((k, one.kind, "name"), one.name) for k, one in limited)
 
 
 def _names_lost(made: Draft) -> set[str]:
@@ -301,8 +327,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield "fallback", stage.fallback
         case Curate():
             yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
-        case Judge():
-            yield "model", stage.model
+        case Judge() | Score(model=str()):
+            yield "model", str(stage.model)
         case Train():
             yield "student", stage.student
             if stage.teacher:

@@ -15,10 +15,11 @@ from typing import Any
 
 from factory.audit import audit
 from factory.findings import findings, length_predicts
+from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired
 from factory.run import StageFolder, write_bytes, write_json
 
-SAMPLE_STAGES = ("given", "generate", "filter", "judge", "choose")
+SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
 MAX_SAMPLES = 40
@@ -63,6 +64,7 @@ def collect(run: Path) -> dict[str, Any]:
         "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
+        "rejects": rejects(stages, manifest["seed"]),
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),

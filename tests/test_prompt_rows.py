@@ -1,5 +1,6 @@
 """A row as a prompt: known forms, what is left out and why, columns and templates."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -251,12 +252,25 @@ def test_templates_that_reach_out_or_blow_up_are_refused(tmp_path: Path, templat
 
 def test_a_template_that_renders_too_much_ends_the_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"xs": ["y" * 50_000] * 30}, {"xs": ["ok"]}])
-    for template in ("{% for x in xs %}{{ x }}{% endfor %}", "{{ xs|join }}", "{{ xs|join(', ')|first }}"):
+    for template in (
+        "{% for x in xs %}{{ x }}{% endfor %}",
+        "{{ xs|join }}",
+        "{{ xs|join(', ')|first }}",
+        "{{ xs|tojson|first }}",
+    ):
         one = loaded(path, columns={"prompt": template})
         assert [(ending.row, ending.reason) for ending in one.endings] == [
             (1, "unreadable: columns.prompt renders to too much text")
         ]
-        assert one.train[0].text in ("ok", "o")
+        assert one.train[0].text in ("ok", "o", "[")
+
+
+def test_a_value_as_json_cannot_grow_by_being_escaped_again(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"x": '"' * 1000}])
+    with pytest.raises(RecipeError, match="renders to too much text"):
+        loaded(path, columns={"prompt": "{{ x" + "|tojson" * 100 + " }}"})
+    one = loaded(jsonl(tmp_path / "b.jsonl", [{"x": {"<b>": [None, "é"]}}]), columns={"prompt": "{{ x|tojson }}"})
+    assert json.loads(one.train[0].text) == {"<b>": [None, "é"]}
 
 
 WRONG_COLUMNS = [

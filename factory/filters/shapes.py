@@ -16,6 +16,9 @@ Judge: TypeAlias = Callable[[list[Sample]], list[Verdict]]
 class Kit(Protocol):
     """What a filter may need from the run."""
 
+    allow_code: bool
+    """Whether programs that models wrote may be run here (`--allow-code`)."""
+
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         """Counts a text's tokens as a local model does; None is the recipe's first student."""
         ...

@@ -16,6 +16,7 @@ from factory.judge import Judge
 from factory.models import Models
 from factory.pair import PairUp
 from factory.plan import Step
+from factory.prompt_files import content, is_hub_id
 from factory.prompts import PromptLists
 from factory.recipe import Recipe, Stage
 from factory.recipe_file import find
@@ -24,7 +25,7 @@ from factory.run import StageFolder
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
+    "prompts": 1, "generate": 1, "given": 1, "filter": 3, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -47,7 +48,7 @@ class Naming:
             [made[number].manifest["content"] for number in step.reads],
             [self.prompts.digest(name) for name in step.sets],
             [self.models.identity(name) for name in self.asked(step)],
-            [digest(find(path).read_text(errors="replace")) for path in _files(step)],
+            [digest(content(find(path))) for path in _files(step) if not is_hub_id(path, find)],
             [stage.model_dump(mode="json") for stage in self._also_read(step)],
             self.recipe.seed, size=4,
         )  # fmt: skip
@@ -106,8 +107,10 @@ class Naming:
 
 
 def _files(step: Step) -> list[str]:
-    """Files whose text is part of what a step does: asking messages, rubrics."""
+    """Files whose content is part of what a step does: asking messages, rubrics, benchmarks."""
     match step.knobs:
+        case Curate() as knobs:
+            return [path for one in knobs.filters for path in one.files()]
         case Judge() as knobs:
             return [knobs.rubric]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):

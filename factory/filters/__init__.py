@@ -11,6 +11,7 @@ To add one: a class in a file here, its name in the union `Filter` below, and a 
 
 from typing import Any, TypeAlias
 
+from factory.filters.contamination import Contamination
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
 from factory.filters.reference import MatchesReference
 from factory.filters.refusal import NoRefusal
@@ -20,6 +21,7 @@ from factory.knobs import one_key
 
 Filter: TypeAlias = (
     Finished | Words | Tokens | NoRefusal | Repetition | Format | MatchesReference | ExactDuplicates | NearDuplicates
+    | Contamination
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
 

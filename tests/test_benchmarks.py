@@ -24,6 +24,12 @@ SMALL = [
         "exit_code_over_the_failure_limit", "requests_of_the_same_command_again", "exit_code_unsupported_parameter",
         "lost_or_paid_again_after_unsupported_parameter", "exit_code_another_model", "lost_or_paid_again_after_another_model",
     ]),
+    ("duplicates", "--texts=600 --many=1200 --pairs=1 --met=20", ["recall", "precision", "peak_mb_1200"]),
+    ("contamination", "--items=100", [
+        *(f"{kind}_in_{where}" for where in ("prompt", "answer") for kind in (
+            "verbatim", "verbatim_within_more", "every_tenth_word_changed", "every_fifth_word_changed", "first_half_only", "paraphrase",
+        )), "false_drops_of_new_problems", "false_drops_of_shipped_prompts",
+    ]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import factory
 from factory.errors import RecipeError
 from factory.filters.contamination import COMMON
 from factory.rows import Message
@@ -40,9 +41,9 @@ RULES = [
     (with_words(12, 3), {"run": 12}, "run=12"),
     (with_words(8), {"run": 8}, "run=8"),
     (with_words(7), {"run": 8}, ""),
-    (with_words(13), {"run": None}, ""),  # 13 of 27 words
-    (with_words(14), {"run": None}, "share=0.52"),
-    (with_words(14), {"run": None, "share": 0.6}, ""),
+    (with_words(14), {"run": None}, ""),  # of 28 words
+    (with_words(15), {"run": None}, "share=0.54"),
+    (with_words(15), {"run": None, "share": 0.6}, ""),
     (with_words(27), {"run": None, "share": None}, ""),
     (" ".join("x" if i % 7 == 6 else word for i, word in enumerate(WORDS)), {}, "edit="),
     (" ".join("x" if i % 7 == 6 else word for i, word in enumerate(WORDS)), {"edit": None}, ""),
@@ -110,10 +111,10 @@ def test_files_are_read_like_prompt_lists(tmp_path: Path) -> None:
     ("rows", "told"),
     [
         ([{"text": "Why?"}], "b.jsonl:1: none of the known forms"),
-        ([{"prompt": 7}], "b.jsonl:1: "),
+        ([{"messages": 7}], "b.jsonl:1: messages are not a list"),
         (
-            [{"prompt": "Why?", "completion": 3.5}, {"prompt": None}],
-            "a benchmark's row that cannot be read would guard nothing",
+            [{"prompt": "Why?"}, {"messages": []}],
+            "b.jsonl:2: no question: .*a benchmark's row that cannot be read would guard nothing",
         ),
     ],
 )
@@ -124,3 +125,47 @@ def test_a_benchmark_that_cannot_be_read_guards_nothing(tmp_path: Path, rows: li
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(RecipeError, match="there are no items in it"):
         filtered([{"contamination": {"against": [str(tmp_path / "empty.jsonl")]}}], [answer("x")])
+
+
+RECIPE = """\
+name: guarded
+prompts: [{path: rows.jsonl}]
+stages:
+  - filter: [{contamination: {against: [bench.jsonl]}}]
+  - shape
+"""
+
+
+def test_a_changed_benchmark_is_another_step_and_the_funnel_names_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    rows = [
+        {"prompt": ITEM, "completion": "84"},
+        {"prompt": SHORT, "completion": "Picasso"},
+        {"prompt": "Hi", "completion": "Hello"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reasons, folders = [], set[str]()
+    for items in ([ITEM], [ITEM], [ITEM, SHORT], ["Who else?"]):
+        bench(tmp_path / "bench.jsonl", *items)
+        run = factory.run_recipe(factory.load(tmp_path / "r.yaml"), tmp_path / "runs")
+        folders |= {path.name for path in run.glob("*-filter-*")}
+        report = json.loads((run / "report.json").read_text())
+        (stage,) = [one for one in report["funnel"] if one["stage"].endswith("filter")]
+        reasons.append(stage["reasons"])
+    assert [sum(one.values()) for one in reasons] == [1, 1, 2, 0]
+    assert all("contaminated_prompt" in key for one in reasons for key in one)
+    assert len(folders) == 3
+
+
+def test_a_benchmark_that_is_missing_stops_a_run_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": ITEM, "completion": "84"}) + "\n")
+    with pytest.raises(RecipeError, match=r"there is no file 'bench\.jsonl'"):
+        factory.run_recipe(factory.load(tmp_path / "r.yaml"), tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("*-given-*"))

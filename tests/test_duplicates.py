@@ -105,6 +105,11 @@ def test_ascii_is_levelled_as_all_other_text(text: str) -> None:
     assert normalised(text) == slow or set(slow.split()) <= {*ARTICLES} or not slow
 
 
+def test_printers_marks_are_levelled_like_typed_ones() -> None:
+    printed = "\u201cIt\u2019s 3\u20135 \u2014 or \u20185\u2019\u2026\xa0so\u201d"
+    assert normalised(printed) == "its 3~5 or 5 so" == normalised(f"{printed} \u00e9").removesuffix(" \u00e9")
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from factory.judge import Judge
 from factory.models import Models
 from factory.pair import PairUp
 from factory.plan import Step
+from factory.prompt_files import content, is_hub_id
 from factory.prompts import PromptLists
 from factory.recipe import Recipe
 from factory.recipe_file import find
@@ -50,7 +51,7 @@ class Naming:
             [made[number].manifest["content"] for number in step.reads],
             [self.prompts.digest(name) for name in step.sets],
             [self.models.identity(name) for name in self.asked(step)],
-            [digest(find(path).read_text(errors="replace")) for path in _files(step)],
+            [digest(content(find(path))) for path in _files(step) if not is_hub_id(path, find)],
             [stage.model_dump(mode="json") for stage in self._also_read(step)],
             self.recipe.seed, size=4,
         )  # fmt: skip
@@ -112,8 +113,10 @@ class Naming:
 
 
 def _files(step: Step) -> list[str]:
-    """Files whose text is part of what a step does: asking messages, rubrics."""
+    """Files whose content is part of what a step does: asking messages, rubrics, benchmarks."""
     match step.knobs:
+        case Curate() as knobs:
+            return [path for one in knobs.filters for path in one.files()]
         case Judge() as knobs:
             return [knobs.rubric]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):

@@ -7,6 +7,7 @@ same command again does nothing twice, and a changed filter re-runs from there a
 import asyncio
 import platform
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -27,6 +28,7 @@ from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
+from factory.filters.contamination import Contamination
 from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
 from factory.generate import Asker, Generate, Given, Teaching, given
@@ -127,6 +129,10 @@ class Work:
         for stage in self.recipe.stages:
             if isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
+            elif isinstance(stage, Curate):
+                for one in stage.filters:
+                    if isinstance(one, Contamination):
+                        deque(one.texts(), maxlen=0)
         for verifier in self.recipe.verifiers():
             verifier.open(self.models)
         for finding in foresee(self.recipe, steps, self.prompts):

@@ -5,6 +5,7 @@ is not what its name says is an error with file, line and column: guessing would
 """
 
 import csv
+import hashlib
 import importlib
 import re
 from codecs import BOM_UTF8
@@ -52,6 +53,16 @@ def read(path: str, split: str | None, find: Find) -> Numbered:
 def is_hub_id(path: str, find: Find) -> bool:
     """Whether a path names a data set on the hub: `owner/name`, and no folder `owner` is found here."""
     return bool(HUB_ID.match(path)) and Path(path).suffix not in READERS and not _exists(str(Path(path).parent), find)
+
+
+def content(there: Path) -> str:
+    """Hex hash of a file's bytes, or of all files of a folder: equal when there is the same in them."""
+    files = sorted(one for one in there.rglob("*") if one.is_file()) if there.is_dir() else [there]
+    total = hashlib.blake2b(digest_size=16)
+    for one in files:
+        with one.open("rb") as file:
+            total.update(hashlib.file_digest(file, "blake2b").digest())
+    return total.hexdigest()
 
 
 def _exists(path: str, find: Find) -> bool:

@@ -29,6 +29,12 @@ SMALL = [
         "planted_faults_missed", "dpo_loss_at_step_0_beside_ln_2", "dpo_margin_at_step_0", "dpo_loss_precomputed_beside_live",
         "packed_loss_beside_unpacked",
     ]),
+    ("duplicates", "--texts=600 --many=1200 --pairs=1 --met=20", ["recall", "precision", "peak_mb_1200"]),
+    ("contamination", "--items=100", [
+        *(f"{kind}_in_{where}" for where in ("prompt", "answer") for kind in (
+            "verbatim", "verbatim_within_more", "every_tenth_word_changed", "every_fifth_word_changed", "first_half_only", "paraphrase",
+        )), "false_drops_of_new_problems", "false_drops_of_shipped_prompts",
+    ]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -12,6 +12,7 @@ To add one: a class in a file here, its name in the union `Filter` below, and a 
 from typing import Any, TypeAlias, get_args
 
 from factory.filters.code import Code
+from factory.filters.contamination import Contamination
 from factory.filters.duplicates import ExactDuplicates, NearDuplicates
 from factory.filters.form import Format
 from factory.filters.gym import ReasoningGym
@@ -30,7 +31,7 @@ from factory.knobs import one_key
 
 Filter: TypeAlias = (
     Finished | Words | Tokens | Ratio | Language | NoRefusal | Repetition | CopiedPrompt | Leakage | Trace | PersonalData
-    | Format | MatchesReference | Code | ReasoningGym | Threshold | ExactDuplicates | NearDuplicates
+    | Format | MatchesReference | Code | ReasoningGym | Threshold | ExactDuplicates | NearDuplicates | Contamination
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
 AnyVerifier: TypeAlias = MatchesReference | Code | ReasoningGym

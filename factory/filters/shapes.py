@@ -33,6 +33,10 @@ class Shape(Knobs):
         """The same filter, ready to look at rows; most need nothing."""
         return self
 
+    def files(self) -> list[str]:
+        """Files whose content is part of what it does, as the recipe names them."""
+        return []
+
     def keep(self, score: float | None = None) -> Verdict:
         return Verdict(filter=self.kind, keep=True, score=score)
 

@@ -24,7 +24,7 @@ from factory.run import StageFolder
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
+    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -42,6 +42,7 @@ class Naming:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
         names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
+        names |= {"require"} if isinstance(step.knobs, Evaluate) else set()  # limits change nothing that is measured
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
             [made[number].manifest["content"] for number in step.reads],
@@ -80,7 +81,7 @@ class Naming:
             case Train() as knobs:
                 return [knobs.student]
             case Evaluate() as knobs:
-                return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
+                return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold))]
             case Curate() as knobs:
                 return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
             case _:

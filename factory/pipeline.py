@@ -25,10 +25,11 @@ from factory.budget import Wall
 from factory.choose import Choose, choose
 from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
-from factory.errors import RecipeError, TooManyFailures, Waiting
+from factory.errors import NotReached, RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
+from factory.gates import Gate, gates
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
@@ -85,7 +86,8 @@ def run(
         try:
             work.check_failures()
             work.check_rows(steps)
-        except TooManyFailures as e:
+            work.check_gates()
+        except (TooManyFailures, NotReached) as e:
             work.note("done", why=stopped_by(e))
             raise
     return work.folder
@@ -103,6 +105,7 @@ class Work:
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
         self.rows: dict[str, dict[str, int]] = {}
+        self.gates: list[Gate] = []
         self.models = Models(recipe.models, recipe.first_student(), runs)
         self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
@@ -139,6 +142,7 @@ class Work:
         facts = {"name": recipe.name, "recipe_hash": recipe_hash, "seed": recipe.seed, "status": status, **why}
         spent = self.journal.spent(recipe.name)._asdict()
         lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
+        facts["gates"] = [gate._asdict() for gate in self.gates]
         whole = {**facts, "stages": folders, "versions": versions, "prompts": lists, "spent": spent, "rows": self.rows}
         write_json(self.folder / "manifest.json", whole)
 
@@ -160,6 +164,11 @@ class Work:
         if not kept and self.max_failed < 1 and not any(isinstance(step.knobs, Evaluate) for step in steps):
             raise TooManyFailures(f"the data set has no rows; `factory show {self.folder}` tells where they went")
 
+    def check_gates(self) -> None:
+        """NotReached where an evaluation's `require` is not met; everything else is done by then."""
+        if missed := [gate.told for gate in self.gates if not gate.met]:
+            raise NotReached("\n".join([*missed, f"the run is complete; its report is in {self.folder}"]))
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
@@ -176,6 +185,8 @@ class Work:
             )
         self.made[step.number] = folder
         self.note("unfinished")
+        if isinstance(step.knobs, Evaluate):
+            self.gates += gates(step.knobs.require, folder.path)
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
 
@@ -324,16 +335,16 @@ class Work:
         return total
 
     def _evaluate(self, knobs: Evaluate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
-        prompts = list(chain.from_iterable(self.prompts.test(name) for name in step.sets))
+        # a prompt that two lists hold out is one item
+        held_out = chain.from_iterable(self.prompts.test(name) for name in step.sets)
+        prompts = list({prompt.id: prompt for prompt in held_out}.values())
         if not prompts:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
         filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
-        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed)
+        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
         asker = self.asker(taught) if taught else None
-        data, answers = asyncio.run(
-            evaluate(examiner, filters, partial(student_view, self.recipe.view()), taught, asker)
-        )
+        data, answers = asyncio.run(evaluate(examiner, partial(student_view, self.recipe.view()), taught, asker))
         for answer in answers:
             out.put(answer)
         write_json(out.folder / "evaluation.json", data)

@@ -80,6 +80,8 @@ class MatchesReference(RowFilter):
             answer = found[-1]
         if agree(self.how, answer, reference):
             return self.keep()
+        if self.how in ("numeric", "choice") and (number if self.how == "numeric" else letter)(answer) is None:
+            return self.drop("no_answer", evidence=reference[:200])
         return self.drop(f"wrong:{answer.strip()[-60:]}", evidence=reference[:200])
 
 

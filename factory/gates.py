@@ -50,7 +50,7 @@ def _gate(measure: str, wanted: str, student: str, evaluation: dict[str, Any]) -
     name, row = _found(measure, student, evaluation)
     asked = f"{name} of {student} {wanted.strip()}"
     if row is None or row["value"] is None:
-        why = "was not measured" if row is None else "is undefined: the teacher is not 2 standard errors above the base"
+        why = "was not measured" if row is None else f"is undefined, since {row['undefined']}"
         return Gate(measure, wanted, False, f"Required: {asked}. Not met: it {why}.")
     sign, limit = _limit(wanted)
     met = bool(COMPARE[sign](row["value"], limit))

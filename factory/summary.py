@@ -43,7 +43,8 @@ def _rows(model: Scored, seed: int) -> Iterator[Row]:
         if not known:
             continue
         mean = math.fsum(known) / len(known)
-        rate = measure in RATES
+        # where all of several draws fail, or none, a bootstrap interval has no width
+        rate = measure in RATES or ("@" in measure and mean in (0, 1))
         low, high = stats.wilson(round(mean * len(known)), len(known)) if rate else stats.bootstrap_mean(known, seed)
         yield _row(model, measure, (mean, low, high), len(known))
         if measure == "teacher_loss":  # exp keeps the order, so an interval's ends stay its ends
@@ -126,22 +127,26 @@ def _paired(kind: str, measure: str, models: list[Scored], seed: int) -> Iterato
         return
     row: Row = {"measure": measure, "kind": kind, "a": models[0].name, "b": models[1].name}
     told: tuple[float, float, float] | None
+    why = ""
     match kind:
         case "ratio":
             told = stats.paired_bootstrap_ratio(columns[0], columns[1], seed, clusters)
+            why = "the teacher's is 0"
         case "gap":
             told = stats.gap_closed(columns[0], columns[1], columns[2], seed, clusters)
             row["teacher"] = models[2].name
+            why = "the teacher is not 2 standard errors above the base"
         case _:
             told = stats.paired_bootstrap_difference(columns[0], columns[1], seed, clusters)
             if measure in RATES:
                 row["p"] = stats.mcnemar(columns[0], columns[1])
     value, low, high = told or (None, None, None)
     row |= {"value": value, "low": low, "high": high, "n": len(clusters)}
+    if told is None:
+        row["undefined"] = why
     if measure == "correct":
         row["unread"] = round(sum(v or 0.0 for v in models[1].values["unread"]))
-    if value is not None or kind == "gap":
-        yield row
+    yield row
 
 
 def _together(values: list[Values], prompts: list[Prompt]) -> tuple[list[list[float]], list[str]]:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from factory.evaluate import Scored, summary
 from factory.filters import RowFilter
 from factory.filters.reference import MatchesReference
 from factory.filters.rules import Finished, Words
 from factory.findings import findings
+from factory.measures import Scored
 from factory.rows import Prompt, Sample, Verdict
+from factory.summary import summary
+from factory.teachers.transformers import Forced
 
 ANSWER = MatchesReference(how="contains", extract="Answer:(.*)")
 
@@ -50,7 +52,7 @@ def test_a_failed_answer_is_not_accepted_and_one_without_reference_is_missing() 
 
 def test_losses_are_means_per_token_of_known_answers_only() -> None:
     base = scored("base", ["a", "b", "c"])
-    base.add_losses([(4.0, 2), None, (9.0, 3)])
+    base.add_forced(base, [Forced(4.0, 2, 1), None, Forced(9.0, 3, 3)])
     row = measured(summary([base], seed=1))["base", "teacher_loss"]
     assert (row["value"], row["n"]) == (2.5, 2)
 
@@ -77,7 +79,7 @@ def test_answers_that_cannot_be_read_are_told_and_no_gain_in_correctness_is_clai
     """A base model that never writes "Answer:" is wrong by form; that must not pass for learned correctness."""
     student = scored("student", ["Answer: blue"] * 15 + ["Answer: red"] * 5)
     told = summary([scored("base", ["It is blue."] * 20), student], seed=1)
-    assert told["notes"] == ["correct: 20 of 20 answers of base have no text where `extract` looks"]
+    assert told["notes"] == ["correct: 20 of 20 answers of base have no readable result, and count as not correct"]
     (line,) = [line for line in report(told) if line.startswith("Correct answers")]
     assert "correctness improved" not in line
     assert "20 answers of base cannot be read in the form asked for, so this measures form as well" in line
@@ -95,6 +97,6 @@ def test_samples_stand_side_by_side_in_prompt_order() -> None:
     (first,) = told["samples"]
     assert (first["prompt"], first["reference"]) == ("Which colour has thing 0?", "blue")
     assert first["answers"]["student"] == {
-        "text": "Answer: blue", "finish": "stop", "accepted": True, "correct": True,
+        "text": "Answer: blue", "finish": "stop", "accepted": True, "correct": True, "unread": False,
     }  # fmt: skip
     assert first["answers"]["base"]["correct"] is False

@@ -193,7 +193,7 @@ def _beside_gold(who: str, paired: Rows) -> Iterator[str]:
         if not c or c["n"] < FEWEST:
             continue
         then = "no difference is shown" if not _claimed(c) else f"{who} has {'more' if c['low'] > 0 else 'fewer'}"
-        yield f"{what} of {who} less those of the model trained on ground truth: {_difference(measure, c)}: {then}."
+        yield f"{what} of {who} against the one trained on ground truth: {_difference(measure, c)}: {then}."
 
 
 def _beside_teacher(who: str, paired: Rows) -> Iterator[str]:

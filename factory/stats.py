@@ -121,9 +121,18 @@ def bootstrap(sums: Sequence[tuple[float, ...]], statistic: Callable[..., float]
     """
     if not sums:
         raise ValueError("no values to resample")
-    columns = [column.__getitem__ for column in zip(*sums, strict=True)]
-    found = sorted(statistic(*(sum(map(get, chosen)) for get in columns)) for chosen in _resamples(len(sums), seed))
+    totals = [_total(column) for column in zip(*sums, strict=True)]
+    found = sorted(statistic(*(total(chosen) for total in totals)) for chosen in _resamples(len(sums), seed))
     return found[math.floor(RESAMPLES * 0.025)], found[math.ceil(RESAMPLES * 0.975) - 1]
+
+
+def _total(column: tuple[float, ...]) -> Callable[[Sequence[int]], float]:
+    """The sum of a column over a resample; known beforehand where all clusters are alike, as most sizes are."""
+    if min(column) == max(column):
+        whole = column[0] * len(column)
+        return lambda _: whole
+    get = column.__getitem__
+    return lambda chosen: sum(map(get, chosen))
 
 
 def _resamples(count: int, seed: int) -> Iterable[Sequence[int]]:

@@ -24,6 +24,7 @@ SMALL = [
         "exit_code_over_the_failure_limit", "requests_of_the_same_command_again", "exit_code_unsupported_parameter",
         "lost_or_paid_again_after_unsupported_parameter", "exit_code_another_model", "lost_or_paid_again_after_another_model",
     ]),
+    ("intervals", "--evaluations=3", [f"wilson_{rate}" for rate in (0.1, 0.3, 0.5, 0.7, 0.9)]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -38,6 +38,10 @@ MEASURES = {
     "distinct_2": "different pairs of words / all pairs, over the answers to a prompt",
     "words": "mean length of an answer in words",
 }
+UNREAD = ("no_answer", "unread")
+"""What `matches_reference` says where it finds nothing to compare."""
+TEXTS = ("exact", "normalised", "contains")
+"""Ways of comparing for which the reference is a text rather than a result."""
 BINS = 10
 """Of confidence, equally wide (Naeini et al. 2015)."""
 
@@ -68,10 +72,7 @@ class Scored:
             "finished": [float(s.finish == "stop") for s in samples],
             "words": [float(len(s.response.split())) for s in samples],
         }
-        if check.extract is None and check.how not in (
-            "numeric",
-            "choice",
-        ):  # else the reference is no text, but a result
+        if check.extract is None and check.how in TEXTS:
             self.values["bleu"] = [_like_reference(s, sentence_bleu) for s in samples]
             self.values["rouge_l"] = [_like_reference(s, rouge_l) for s in samples]
         self.confidence = [_confidence(s) for s in samples]
@@ -148,7 +149,7 @@ def _result(sample: Sample, check: MatchesReference) -> str | None:
     verdict = check.check(sample)
     if verdict.keep is None:
         return None
-    return "correct" if verdict.keep else "unread" if verdict.reason == "no_answer" else "wrong"
+    return "correct" if verdict.keep else "unread" if verdict.reason.startswith(UNREAD) else "wrong"
 
 
 def _like_reference(sample: Sample, likeness: Callable[[str, str], float]) -> float | None:

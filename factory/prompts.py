@@ -6,7 +6,7 @@ are kept go to a file of their own, and memory holds a few numbers for each, how
 The split. `held_out: N` takes the N prompts with the smallest hash of (seed, id): neither order nor other rows decide
 about a prompt, and rows added later leave a held-out prompt where it is, except that each new one with a smaller hash
 takes the place of the one with the largest. Near-duplicates go to one side together: groups of them are taken in the
-order of their smallest hash, if they still fit into N.
+order of their smallest hash, if they still fit into N. `held_out: all` takes them all.
 """
 
 import heapq
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,14 +33,17 @@ NEAR = 0.8
 
 
 class PromptSet(Knobs):
-    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns."""
+    """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns.
+
+    `held_out: all` is a list that is only measured on, for example from another domain.
+    """
 
     path: str = Field(min_length=1)
     name: str | None = None
     split: str | None = None
     columns: dict[Column, str] = {}
     take: int | None = Field(None, gt=0)
-    held_out: int = Field(0, ge=0)
+    held_out: Annotated[int, Field(ge=0)] | Literal["all"] = 0
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> "PromptSet":
@@ -101,7 +104,7 @@ class PromptList:
     prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
 
     name: str
-    wanted: int = 0
+    wanted: int | Literal["all"] = 0
     prompts: Spool = field(default_factory=Spool)
     lines: "array[int]" = field(default_factory=lambda: array("Q"))
     ids: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -222,6 +225,8 @@ def _oddities(one: PromptList) -> Iterator[str]:
         yield f"{number} of {one.funnel.in_} rows left out: {kind} ({first})"
     if one.straddling:
         yield f"{one.straddling} groups of near-duplicates would stand in both train and test; each is kept on one side"
+    if one.wanted == "all":
+        return
     if one.wanted > len(one.held_out):
         yield f"{len(one.held_out)} prompts are held out, not {one.wanted}: more would divide near-duplicates"
     if not one.train:
@@ -308,9 +313,15 @@ def _split(one: PromptList, seed: int) -> None:
     """Choose the held-out ids: whole groups of near-duplicates, smallest hash first, while they fit."""
     if not one.wanted:
         return
+    if one.wanted == "all":
+        one.held_out.update(_ids(one))
+        return
     total = len(set(one.ids))
     if one.wanted >= total:
-        raise RecipeError(f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on")
+        raise RecipeError(
+            f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on; "
+            "a list that is only measured on says `held_out: all`"
+        )
     looked_at = one.wanted
     while len(one.held_out) < one.wanted and looked_at < total:
         looked_at = min(2 * looked_at, total)  # those with larger hashes matter only where groups do not fit

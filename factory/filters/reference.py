@@ -81,7 +81,7 @@ class MatchesReference(RowFilter):
         if agree(self.how, answer, reference):
             return self.keep()
         if self.how in ("numeric", "choice") and (number if self.how == "numeric" else letter)(answer) is None:
-            return self.drop("no_answer", evidence=reference[:200])
+            return self.drop(f"unread:{answer.strip()[-60:]}", evidence=reference[:200])
         return self.drop(f"wrong:{answer.strip()[-60:]}", evidence=reference[:200])
 
 

@@ -41,9 +41,10 @@ def gates(require: dict[str, str], folder: Path) -> list[Gate]:
 
 def held(require: dict[str, str], evaluation: dict[str, Any]) -> Iterator[Gate]:
     rows = evaluation["rows"]
-    students = [row["model"] for row in rows if row["role"] == "student"] or [row["model"] for row in rows]
+    of = {row["role"]: row["model"] for row in rows}  # the last of each role
+    student = of.get("student") or of["base"]
     for measure, wanted in require.items():
-        yield _gate(measure, wanted, students[-1], evaluation)
+        yield _gate(measure, wanted, student, evaluation)
 
 
 def _gate(measure: str, wanted: str, student: str, evaluation: dict[str, Any]) -> Gate:

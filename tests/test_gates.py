@@ -8,7 +8,7 @@ import pytest
 
 from factory.evaluate import Evaluate
 from factory.gates import held
-from tests.command import attempts, factory, folder, recipe, report, told, typed
+from tests.command import ROOT, attempts, factory, folder, recipe, report, told, typed
 from tests.server import chat, in_thread
 from tests.test_evaluate import scored, summary, texts
 from tests.tiny import saying_model
@@ -97,7 +97,7 @@ def test_what_cannot_be_sampled_is_told(knobs: dict[str, Any], why: str) -> None
 STAGES = """\
   - generate: {model: teacher, max_tokens: 16}
   - filter: [finished]
-  - evaluate: {students: [base], teacher: teacher, n: 4, k: 2, temperature: 1.0, max_tokens: 16, REST}
+  - evaluate: {students: [base], gold: truth, teacher: teacher, n: 4, k: 2, temperature: 1.0, max_tokens: 16, REST}
 """
 REST = "reference: {how: contains}, require: {correct: '>= 0.1', 'pass@2': '> 0.99', accepted: '>= 0.9'}"
 
@@ -113,7 +113,8 @@ def test_a_run_that_misses_what_is_required_is_complete_and_ends_with_its_own_co
     base = saying_model(tmp_path / "base", ["it is blue", "perhaps green"])
     with in_thread(blue) as server:
         text = recipe(server.url, base, STAGES.replace("REST", REST))
-        folder(tmp_path, text.replace("limits:", "price: {input: 1, output: 2}, limits:"))
+        text = text.replace("limits:", "price: {input: 1, output: 2}, limits:")
+        folder(tmp_path, text.replace("  base:", f"  truth: {{type: transformers, model: {base}}}\n  base:"))
         missed = factory(tmp_path, "run", "recipe.yaml")
         told(missed, 14, "Required: pass@2 of base > 0.99. Not met: it is 0.", "the run is complete")
         evaluated = [(b["temperature"], b.get("n", 1)) for b in server.bodies[-12:]]
@@ -134,7 +135,13 @@ def test_a_run_that_misses_what_is_required_is_complete_and_ends_with_its_own_co
     assert {
         rows["base", name]["n"] for name in ("teacher_loss", "token_agreement", "brier", "ece", "bleu", "rouge_l")
     } == {6}
-    teacher, local = whole["models"]
+    assert rows["gold", "correct"]["value"] == rows["base", "correct"]["value"]  # the same weights under another name
+    teacher, local, gold = whole["models"]
+    assert (gold["role"], gold["bytes"], "tokens_per_second" in gold) == (
+        "gold",
+        local["bytes"],
+        False,
+    )  # all was stored
     # six greedy requests (10 tokens in, 5 out) and six of four draws (10 in, 20 out) gave 30 answers
     assert teacher["usd_per_answer"] == pytest.approx(6 * (10 + 2 * 5 + 10 + 2 * 20) / 1e6 / 30)
     weights = base / "model.safetensors"
@@ -142,6 +149,20 @@ def test_a_run_that_misses_what_is_required_is_complete_and_ends_with_its_own_co
     assert local["tokens_per_second"] > 0
     shown = json.loads((tmp_path / "runs/tiny/report.json").read_text())["samples"][0]
     assert shown["answers"]["teacher"]["correct"] is True
+
+
+def test_the_example_of_the_docs_is_a_recipe(tmp_path: Path) -> None:
+    snippet = (ROOT / "docs/evaluation.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    models = (
+        f"  teacher: {{type: transformers, model: {tmp_path}}}\n  base: {{type: transformers, model: {tmp_path}}}\n"
+    )
+    (tmp_path / "prompts").mkdir()
+    for name, count in (("maths", 600), ("law", 5)):
+        rows = [json.dumps({"prompt": f"What is {i} plus {i * i}?", "reference": f"{i + i * i}"}) for i in range(count)]
+        (tmp_path / f"prompts/{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipe.yaml").write_text(f"name: doc\n{snippet.replace('  ...', models)}")
+    done = typed(tmp_path, "check", "recipe.yaml")
+    assert (done.returncode, "the recipe is valid" in done.stdout) == (0, True), done.stderr
 
 
 def test_a_wrong_limit_is_a_mistake_of_the_recipe(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Intervals: Wilson's for rates, percentile bootstraps for means and for paired comparisons. All are 95 %. Exact tests.
+"""Intervals: Wilson's for rates, percentile bootstraps for means and paired differences, BCa bootstraps for their ratios,
+whose distributions are skewed. All are 95 %. Exact tests.
 
 Paired values are resampled by cluster (all values of one prompt together), because answers to one prompt are not
 independent: Miller 2024, arXiv 2411.00640, sections 2.2 and 4.2.
@@ -7,10 +8,13 @@ independent: Miller 2024, arXiv 2411.00640, sections 2.2 and 4.2.
 import math
 import random
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from statistics import NormalDist
 
 Z = 1.959963984540054
+NORMAL = NormalDist()
 RESAMPLES = 2_000
 KEPT = 5_000
 """Clusters up to which resamples are kept in memory (20 MB) for the next measure of the same evaluation."""
@@ -54,7 +58,7 @@ def paired_bootstrap_ratio(
     """
     if math.fsum(b) == 0:
         return None
-    low, high = bootstrap(_by_cluster(clusters, a, b), lambda x, y, n: x / y if y else math.inf, seed)
+    low, high = bootstrap(_by_cluster(clusters, a, b), lambda x, y, n: x / y if y else math.inf, seed, skewed=True)
     return math.fsum(a) / math.fsum(b), low, high
 
 
@@ -74,7 +78,7 @@ def gap_closed(
         gained, wanted = of_student - of_base, of_teacher - of_base
         return gained / wanted if wanted > 0 else math.copysign(math.inf, gained)
 
-    low, high = bootstrap(_by_cluster(clusters, student, base, teacher), share, seed)
+    low, high = bootstrap(_by_cluster(clusters, student, base, teacher), share, seed, skewed=True)
     return (math.fsum(student) - math.fsum(base)) / gap, low, high
 
 
@@ -114,16 +118,40 @@ def _by_cluster(clusters: list[str], *columns: list[float]) -> list[tuple[float,
     return list(sums.values())
 
 
-def bootstrap(sums: Sequence[tuple[float, ...]], statistic: Callable[..., float], seed: int) -> tuple[float, float]:
+def bootstrap(
+    sums: Sequence[tuple[float, ...]], statistic: Callable[..., float], seed: int, skewed: bool = False
+) -> tuple[float, float]:
     """2.5 % and 97.5 % of a statistic over resampled clusters; it is called with the sum of each column.
 
-    The seed alone decides the resamples.
+    The seed alone decides the resamples. `skewed`: other quantiles, corrected for bias and skewness.
     """
     if not sums:
         raise ValueError("no values to resample")
     totals = [_total(column) for column in zip(*sums, strict=True)]
     found = sorted(statistic(*(total(chosen) for total in totals)) for chosen in _resamples(len(sums), seed))
-    return found[math.floor(RESAMPLES * 0.025)], found[math.ceil(RESAMPLES * 0.975) - 1]
+    low, high = _corrected(found, sums, statistic) if skewed else (0.025, 0.975)
+    last = RESAMPLES - 1
+    return found[min(math.floor(RESAMPLES * low), last)], found[min(max(math.ceil(RESAMPLES * high) - 1, 0), last)]
+
+
+def _corrected(
+    found: list[float], sums: Sequence[tuple[float, ...]], statistic: Callable[..., float]
+) -> tuple[float, float]:
+    """The quantiles that BCa takes for 2.5 % and 97.5 % (Efron 1987; DiCiccio & Efron 1996, section 2): the bias from where
+    the data's own value stands among the resamples, the skewness from leaving out one cluster at a time."""
+    whole = [math.fsum(column) for column in zip(*sums, strict=True)]
+    value = statistic(*whole)
+    below = (bisect_left(found, value) + bisect_right(found, value)) / 2 / RESAMPLES
+    bias = NORMAL.inv_cdf(min(max(below, 1 / RESAMPLES), 1 - 1 / RESAMPLES))
+    rest = [statistic(*map(float.__sub__, whole, row)) for row in sums] if len(sums) > 1 else [value]
+    mean = sum(rest) / len(rest)
+    spread = sum((mean - one) ** 2 for one in rest)
+    skew = sum((mean - one) ** 3 for one in rest) / (6 * spread**1.5) if 0 < spread < math.inf else 0.0
+
+    def quantile(z: float) -> float:
+        return NORMAL.cdf(bias + (bias + z) / max(1 - skew * (bias + z), 0.1))
+
+    return quantile(-Z), quantile(Z)
 
 
 def _total(column: tuple[float, ...]) -> Callable[[Sequence[int]], float]:

@@ -150,3 +150,26 @@ def test_resamples_without_a_gap_set_no_bound() -> None:
     told = stats.gap_closed([1.0] * 3 + [0.0], [0.0] * 4, [1.0] * 2 + [0.0] * 2, 1, list("wxyz"))
     assert told is not None
     assert (told[0], told[2]) == (1.5, math.inf)
+
+
+def test_corrected_intervals_of_ratios_hold_at_their_edges() -> None:
+    a, b = [1.0, 0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0, 1.0]
+    assert stats.paired_bootstrap_ratio(b, b, 1, list("vwxyz")) == (1, 1, 1)
+    assert stats.paired_bootstrap_ratio(a, b, 1, list("vvvvv")) == (0.75, 0.75, 0.75)  # one prompt tells nothing of others
+    none = stats.paired_bootstrap_ratio([0.0] * 5, b, 1, list("vwxyz"))
+    assert none == (0, 0, 0)
+
+
+def test_the_correction_moves_the_interval_towards_the_long_tail() -> None:
+    """For a mean the acceleration is the skewness / 6 sqrt(n); with positive skewness both ends lie higher."""
+    values = [0.1 * 1.1**k for k in range(60)]
+    sums = [(v, 1.0) for v in values]
+    plain = stats.bootstrap(sums, lambda total, n: total / n, 1)
+    moved = stats.bootstrap(sums, lambda total, n: total / n, 1, skewed=True)
+    mirrored = stats.bootstrap([(-v, 1.0) for v in values], lambda total, n: total / n, 1, skewed=True)
+    assert plain[0] < moved[0] < moved[1]
+    assert plain[1] < moved[1]
+    assert mirrored == pytest.approx((-moved[1], -moved[0]), rel=0.01)
+    level = [(float(k), 1.0) for k in range(60)]
+    even = [stats.bootstrap(level, lambda total, n: total / n, 1, skewed=skewed) for skewed in (False, True)]
+    assert even[0] == pytest.approx(even[1], rel=0.02)  # nothing to correct

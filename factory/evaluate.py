@@ -26,8 +26,8 @@ from factory.progress import bar
 from factory.rows import Prompt, Sample, Sampling
 from factory.summary import summary
 from factory.teachers.entry import Endpoint
-from factory.teachers.transformers import Forced, TransformersTeacher
-from factory.weights import Weights, materialise_in_child
+from factory.teachers.transformers import Forced, Transformers, TransformersTeacher
+from factory.weights import materialise_in_child
 
 
 class Evaluate(Knobs):
@@ -145,7 +145,7 @@ class Examiner:
     def _footprint(self, name: str, tally: Tally, clock_s: float) -> dict[str, Any]:
         entry = self.models.entry(name)
         found = speed_and_price(tally, clock_s if isinstance(entry, Endpoint) and not entry.batch else 0.0, entry.price)
-        if isinstance(entry, Weights):
+        if isinstance(entry, Transformers):  # those of a server may be on another machine
             found |= weights_size(materialise_in_child(entry, self.models.runs / "weights"))
         return found
 

@@ -84,10 +84,8 @@ def _of_evaluation(report: Row) -> Iterator[str]:
             if (name, measure) in rows:
                 yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
         yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
-        yield from (
-            _capital(text)
-            for text in (*_beside_teacher(who, paired), *_of_gap(who, paired), *_beside_gold(who, paired))
-        )
+        for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
+            yield from (_capital(text) for text in told(who, paired))
     if not any(row["measure"] == "correct" for row in report["evaluation"]):
         yield "Correctness was not measured: no held-out prompt has a reference."
 
@@ -169,6 +167,22 @@ def _of_draws(who: str, name: str, rows: Rows, paired: Rows) -> Iterator[str]:
         if one["low"] > 0 and not c["low"] > 0:
             told += f": it is right more often at once, but not shown to be so in {measure[5:]} tries, which may be sharpening alone"
         yield f"{told}."
+
+
+def _of_style(who: str, paired: Rows) -> Iterator[str]:
+    """The false promise of imitation (Gudibande et al. 2023): the teacher's wording without what it can do."""
+    wording, correct = paired.get(("teacher_overlap", "difference")), paired.get(("correct", "difference"))
+    if (
+        wording
+        and correct
+        and min(wording["n"], correct["n"]) >= FEWEST
+        and wording["low"] > 0
+        and not correct["low"] > 0
+    ):
+        yield (
+            f"{who}'s wording came closer to the teacher's (ROUGE-L {wording['value']:+.2f}, {wording['low']:+.2f} to "
+            f"{wording['high']:+.2f}), its correctness was not shown to rise: style may be what was learned."
+        )
 
 
 SHARES = {"accepted": "accepted answers", "correct": "correct answers"}

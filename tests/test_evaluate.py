@@ -222,3 +222,14 @@ def test_prompt_lists_are_told_apart_where_there_are_several() -> None:
     assert told["near", "correct"] == (1, 5)
     assert told["far", "correct"] == (0.2, 5)
     assert summary([scored("base", texts(6))], seed=1)["lists"] == []
+
+
+def test_style_without_capability_is_told() -> None:
+    """The student says it in the teacher's words, and is right as often as before."""
+    teacher, base = scored("teacher", ["So it is. Answer: blue"] * 20), scored("base", texts(10))
+    for right, told in ((10, True), (20, False)):
+        student = scored("student", ["So it is. Answer: blue"] * right + ["So it is. Answer: red"] * (20 - right))
+        for model in (base, student):
+            model.add_forced(teacher, [])
+        lines = report(summary([teacher, base, student], seed=1))
+        assert any(line.endswith("not shown to rise: style may be what was learned.") for line in lines) is told

@@ -124,6 +124,14 @@ def test_a_prompt_with_fewer_draws_that_can_be_told_than_k_is_missing() -> None:
     made = scored(["is 7"], None, draws=[["is 7", "is 8"]])
     assert made.values["pass@1"] == made.values["pass@2"] == [None]
     assert made.values["accepted@2"] == [1]
+    p, broken = prompt("q", "7"), Verdict(filter="generate", keep=None, reason="timeout")
+    draws = [answer("is 7", p, 1), answer("is 7", p, 2).judged(Verdict(filter="odd", keep=None, reason="filter_error"))]
+    half = Scored("m", "base", [answer("7", p)], [], MatchesReference(), [draws], 2)
+    assert (half.values["accepted@1"], half.values["accepted@2"]) == ([1], [None])
+    lost = Scored(
+        "m", "base", [answer("7", p)], [], MatchesReference(), [[answer("7", p, 1), answer("", p, 2).judged(broken)]], 2
+    )
+    assert (lost.values["accepted@1"], lost.values["pass@1"]) == ([0.5], [0.5])
 
 
 def test_distinct_counts_pairs_within_an_answer_only() -> None:
@@ -197,12 +205,13 @@ def test_confidence_is_the_geometric_mean_of_the_probabilities() -> None:
 
 
 def test_the_calibration_error_weighs_bins_by_what_they_hold() -> None:
-    """Two answers near .95, one right: off by .45. Two at .25, none right: off by .25. One at 1.0, right: in the last bin too."""
-    told = [(0.94, 1.0), (0.96, 0.0), (0.25, 0.0), (0.25, 0.0), (1.0, 1.0)]
+    """Near .95 and at 1.0, which is in the last bin too: one of three right. At .25 one of two: too sure there, not sure enough
+    here, and the one does not make up for the other."""
+    told = [(0.94, 1.0), (0.96, 0.0), (0.25, 0.0), (0.25, 1.0), (1.0, 0.0)]
     off = [off_by_bin(*one) for one in told]
     assert all(one is not None and len(one) == BINS for one in off)
     sums = [sum(column) for column in zip(*(one for one in off if one), strict=True)]
-    last = abs((1 + 0 + 1) - (0.94 + 0.96 + 1.0))
+    last = (0.94 + 0.96 + 1.0) - 1
     assert calibration_error(*sums, 5) == pytest.approx((last + 0.5) / 5)
     assert off_by_bin(None, 1.0) is off_by_bin(0.5, None) is None
 

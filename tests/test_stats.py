@@ -155,7 +155,11 @@ def test_resamples_without_a_gap_set_no_bound() -> None:
 def test_corrected_intervals_of_ratios_hold_at_their_edges() -> None:
     a, b = [1.0, 0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0, 1.0]
     assert stats.paired_bootstrap_ratio(b, b, 1, list("vwxyz")) == (1, 1, 1)
-    assert stats.paired_bootstrap_ratio(a, b, 1, list("vvvvv")) == (0.75, 0.75, 0.75)  # one prompt tells nothing of others
+    assert stats.paired_bootstrap_ratio(a, b, 1, list("vvvvv")) == (
+        0.75,
+        0.75,
+        0.75,
+    )  # one prompt tells nothing of others
     none = stats.paired_bootstrap_ratio([0.0] * 5, b, 1, list("vwxyz"))
     assert none == (0, 0, 0)
 

@@ -68,14 +68,14 @@ def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fet
 
 def _files(recipe: Recipe) -> Iterator[Problem]:
     """Files that say what is asked and judged."""
-    for i, stage in enumerate(recipe.stages):
+    for stage, at, _ in recipe.placed:
         try:
             if isinstance(stage, Generate):
                 stage.ask.open(find)
             elif isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
         except RecipeError as e:
-            yield ("stages", i, stage.kind, "ask" if isinstance(stage, Generate) else "rubric"), str(e)
+            yield (*at, "ask" if isinstance(stage, Generate) else "rubric"), str(e)
 
 
 def _unpriced(recipe: Recipe, draft: Draft) -> Iterator[Problem]:

@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "--live", action="store_true", help="also ask each endpoint a few tiny questions: who answers, what is honoured"
     )
     verb.set_defaults(verb=_check)
+    verb = verbs.add_parser("preview", help="what a training would learn of its rows, token by token; trains nothing")
+    _recipe_arguments(verb)
+    verb.set_defaults(verb=_preview)
     verb = verbs.add_parser("ls", help="shipped recipes and local runs")
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     verb.set_defaults(verb=_ls)
@@ -177,6 +180,17 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.live:
         for line in live(draft.recipe, arguments.runs):
             print(line, flush=True)
+    return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from factory.check import check
+    from factory.preview import preview
+
+    draft = _draft(arguments)
+    checked = check(draft, arguments.runs, arguments.allow_http, fetch=True)
+    for line in preview(draft.recipe, arguments.runs, checked.prompts):
+        print(line)
     return 0
 
 

@@ -57,7 +57,7 @@ def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> I
 
 def _path(recipe: Recipe, step: Step) -> Path_:
     at = recipe.place_of(step.knobs)
-    return () if at is None else ("stages", at, step.knobs.kind)
+    return () if at is None else recipe.placed[at].at
 
 
 def _join(flows: list[_Flow]) -> _Flow:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from factory.errors import NotReached
 from factory.measures import known
 
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -37,6 +38,12 @@ def mistake(measure: str, wanted: str) -> str | None:
 def gates(require: dict[str, str], folder: Path) -> list[Gate]:
     """Each requirement held against the `evaluation.json` of a finished stage."""
     return list(held(require, json.loads((folder / "evaluation.json").read_bytes()))) if require else []
+
+
+def reached(found: list[Gate], run: Path) -> None:
+    """NotReached where a requirement is not met; everything else of the run is done by then."""
+    if missed := [gate.told for gate in found if not gate.met]:
+        raise NotReached("\n".join([*missed, f"the run is complete; its report is in {run}"]))
 
 
 def held(require: dict[str, str], evaluation: dict[str, Any]) -> Iterator[Gate]:

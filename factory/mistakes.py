@@ -152,7 +152,7 @@ def _told(error: Any, data: Any, record: type[Knobs]) -> str:
     if error["type"] == "extra_forbidden":
         known = sorted(
             _known_keys(error["loc"][:-1], record)
-            | ({"extends"} if "stages" in record.model_fields and len(error["loc"]) == 1 else set())
+            | ({"extends"} if "prompts" in record.model_fields and len(error["loc"]) == 1 else set())
         )
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")

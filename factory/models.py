@@ -31,10 +31,23 @@ class Models:
         self.trained.add(name)
         self._identities.pop(name, None)
 
+    def call(self, name: str, student: str) -> None:
+        """Give a model another name: that of a student that was not trained for its own sake."""
+        self._entries[name] = self.entry(student)
+        self.trained.add(name)
+        self._identities.pop(name, None)
+
     def entry(self, name: str) -> ModelEntry:
         if name not in self._entries:
             raise RecipeError(f"the student {name!r} is not trained yet; run the whole recipe with `factory run`")
         return self._entries[name]
+
+    def weights(self, name: str) -> Weights:
+        """The entry of a model that is trained, or whose distributions are learned."""
+        entry = self.entry(name)
+        if not isinstance(entry, Weights):
+            raise RecipeError(f"models.{name} has no local weights; `type: transformers` has")
+        return entry
 
     def identity(self, name: str) -> str:
         entry = self.entry(name)

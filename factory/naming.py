@@ -17,10 +17,11 @@ from factory.models import Models
 from factory.pair import PairUp
 from factory.plan import Step
 from factory.prompts import PromptLists
-from factory.recipe import Recipe, Stage
+from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rows import digest
 from factory.run import StageFolder
+from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
@@ -79,7 +80,7 @@ class Naming:
             case Judge() as knobs:
                 return [knobs.model]
             case Train() as knobs:
-                return [knobs.student]
+                return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:
                 return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold))]
             case Curate() as knobs:
@@ -92,7 +93,8 @@ class Naming:
         stages = self.recipe.stages
         at = self.recipe.place_of(step.knobs)
         assert at is not None, "a generate stage is always written"
-        return list(takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :]))
+        behind = takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :])
+        return [stage for stage in behind if isinstance(stage, Curate)]
 
     def _also_read(self, step: Step) -> Iterator[Stage]:
         """Other stages whose knobs decide what a step makes: how answers are asked for, accepted, and seen."""

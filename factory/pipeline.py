@@ -29,7 +29,7 @@ from factory.errors import NotReached, RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
-from factory.gates import Gate, gates
+from factory.gates import Gate, gates, reached
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
@@ -44,13 +44,13 @@ from factory.prompts import PromptLists, lint, load
 from factory.publish import publish
 from factory.recipe import Recipe
 from factory.recipe_file import find
+from factory.rounds import Measured, Rounds
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
 from factory.shape import Shape, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
-from factory.weights import Weights
 
 UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "answers"}
 
@@ -74,8 +74,14 @@ def run(
         )
         try:
             work.begin(steps)
+            rounds = Rounds(steps)
             for step in steps:
-                work.do(step)
+                if rounds.over(step):
+                    work.stand_in(step, rounds.standing_for(step))
+                else:
+                    work.do(step)
+                    if measured := rounds.heard(step, work.made[step.number]):
+                        work.settle(step, measured)
             work.publish(steps)
         except BaseException as e:
             with suppress(OSError):  # on a full disk, what stopped us tells more
@@ -86,7 +92,7 @@ def run(
         try:
             work.check_failures()
             work.check_rows(steps)
-            work.check_gates()
+            reached(work.gates, work.folder)
         except (TooManyFailures, NotReached) as e:
             work.note("done", why=stopped_by(e))
             raise
@@ -164,11 +170,6 @@ class Work:
         if not kept and self.max_failed < 1 and not any(isinstance(step.knobs, Evaluate) for step in steps):
             raise TooManyFailures(f"the data set has no rows; `factory show {self.folder}` tells where they went")
 
-    def check_gates(self) -> None:
-        """NotReached where an evaluation's `require` is not met; everything else is done by then."""
-        if missed := [gate.told for gate in self.gates if not gate.met]:
-            raise NotReached("\n".join([*missed, f"the run is complete; its report is in {self.folder}"]))
-
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
@@ -189,6 +190,18 @@ class Work:
             self.gates += gates(step.knobs.require, folder.path)
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
+
+    def stand_in(self, step: Step, before: Step) -> None:
+        """A step of a round that is not wanted any more: what was made last stands for it."""
+        self.made[step.number] = self.made[before.number]
+        if isinstance(step.knobs, Train) and isinstance(before.knobs, Train):
+            self.models.call(step.knobs.as_, before.knobs.as_)
+
+    def settle(self, step: Step, measured: Measured) -> None:
+        """Behind a round: its loop's student is the best so far."""
+        assert step.round is not None
+        say(f"  {measured}: {'better' if measured.best == measured.after else 'no better, the loop ends'}")
+        self.models.call(step.round.repeat.student, measured.best)
 
     def _make_or_wait(self, step: Step, folder: Path) -> StageFolder:
         """Make a step. Where it submits a batch and waiting is wanted, make it again: its asking waits for the batch."""
@@ -315,15 +328,12 @@ class Work:
             raise RecipeError(
                 f"{step.title}: there are no rows to train on; see the reasons in {self.folder}/*/dropped-*.jsonl"
             )
-        entry = self.models.entry(knobs.student)
-        if not isinstance(entry, Weights):
-            raise RecipeError(
-                f"{step.title}: models.{knobs.student} cannot be trained; a student is `type: transformers`"
-            )
+        entry, teacher = self.models.weights(knobs.student), knobs.teacher and self.models.weights(knobs.teacher)
         with growing(step.title) as reached:
             told = train(
-                knobs, weights_entry=entry, rows=rows, out=out.folder, cache=self.runs / "weights",
-                seed=self.recipe.seed, on_progress=lambda told: reached(told["step"], told["steps"]),
+                knobs, weights_entry=entry, teacher=teacher or None, rows=rows, out=out.folder, cache=self.runs / "weights",
+                checkpoints=self.folder / "checkpoints" / out.final.name, seed=self.recipe.seed,
+                on_progress=lambda told: reached(told["step"], told["steps"]),
             )  # fmt: skip
         if told["steps"] == 0:
             raise RecipeError(f"{step.title}: the trainer took no step; raise args.num_train_epochs or args.max_steps")
@@ -336,20 +346,17 @@ class Work:
 
     def _evaluate(self, knobs: Evaluate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
         # a prompt that two lists hold out is one item
-        held_out = chain.from_iterable(self.prompts.test(name) for name in step.sets)
-        prompts = list({prompt.id: prompt for prompt in held_out}.values())
+        prompts = list({prompt.id: prompt for name in step.sets for prompt in self.prompts.test(name)}.values())
         if not prompts:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
         filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
         examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
-        asker = self.asker(taught) if taught else None
-        data, answers = asyncio.run(evaluate(examiner, partial(student_view, self.recipe.view()), taught, asker))
-        for answer in answers:
-            out.put(answer)
+        view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
+        data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)
         facts |= _cost(examiner.tallies)
-        return len(answers)
+        return _put_all(out, answers, step.title)
 
 
 def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:

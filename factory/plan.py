@@ -14,9 +14,10 @@ from factory.generate import Generate, Given
 from factory.judge import Judge
 from factory.mistakes import Problem
 from factory.pair import PairUp
-from factory.recipe import Recipe, Stage
+from factory.recipe import Recipe
 from factory.shape import Shape
-from factory.train import Train
+from factory.stages import Repeat, Round, Stage
+from factory.train import METHODS, Train
 from factory.yamlfile import Path_
 
 Until = Literal["build", "train", "eval", "run"]
@@ -28,12 +29,13 @@ MAKES: dict[type, Made] = {
 
 
 class Step(NamedTuple):
-    """One stage to do. `reads` are numbers of earlier steps; `sets` are names of prompt lists."""
+    """One stage to do. `reads` are numbers of earlier steps; `sets` are names of prompt lists; `round` of its loop, if any."""
 
     number: int
     knobs: Stage | Given
     reads: tuple[int, ...]
     sets: tuple[str, ...]
+    round: Round | None = None
 
     @property
     def title(self) -> str:
@@ -51,16 +53,18 @@ def plan(recipe: Recipe, until: Until = "run") -> list[Step]:
 def draw(recipe: Recipe, until: Until = "run") -> tuple[list[Step], list[Problem]]:
     """The same, as far as it goes, with the stages that find nothing to read."""
     drawing = _Drawing(recipe)
-    for i, stage in enumerate(_wanted(recipe, until)):
-        drawing.add(stage, ("stages", i, stage.kind))
+    for stage, at, of_round in recipe.placed[: _wanted(recipe, until)]:
+        drawing.round = of_round
+        drawing.add(stage, at)
+    drawing.round = None
     coming = recipe.stages[len(drawing.done) :] if until == "build" else []
     if not drawing.trained and not (coming and isinstance(coming[0], Train) and coming[0].from_):
         drawing.finish()
     return drawing.steps, drawing.problems
 
 
-def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
-    """`build` ends before the first train, `train` after the last, `eval` after the last evaluate; else all stages."""
+def _wanted(recipe: Recipe, until: Until) -> int:
+    """How many stages: `build` ends before the first train, `train` after the last, `eval` after the last evaluate."""
     stages: list[Stage] = recipe.stages
     last: type[Stage] = Evaluate if until == "eval" else Train
     ends = [i for i, stage in enumerate(stages) if isinstance(stage, last)]
@@ -70,8 +74,8 @@ def _wanted(recipe: Recipe, until: Until) -> list[Stage]:
             f"{recipe.name} has no {kind} stage; put {article} {kind} stage into it, or use `factory build`"
         )
     if until == "run" or not ends:
-        return stages
-    return stages[: ends[0] if until == "build" else ends[-1] + 1]
+        return len(stages)
+    return ends[0] if until == "build" else ends[-1] + 1
 
 
 class _Drawing:
@@ -79,8 +83,11 @@ class _Drawing:
         self.steps: list[Step] = []
         self.done: list[Stage] = []
         self.problems: list[Problem] = []
+        self.round: Round | None = None
         self.trained = False
         self._all_sets = tuple(prompt_set.title for prompt_set in recipe.prompts)
+        dev = {one.until.split for one in recipe.written if isinstance(one, Repeat) and one.until}
+        self._test_sets = tuple(name for name in self._all_sets if name not in dev)  # what decided is no test any more
         self._named: dict[str, int] = {}
         self._made: dict[int, Made] = {}
 
@@ -92,7 +99,7 @@ class _Drawing:
             case Generate():
                 self._put(stage, reads, sets or (() if reads else self._all_sets))
             case Evaluate():
-                self._put(stage, (), sets or self._all_sets)
+                self._put(stage, (), sets or self._test_sets)
             case Train():
                 self._add_train(stage, reads, at)
             case _:
@@ -102,7 +109,7 @@ class _Drawing:
         self.done.append(stage)
 
     def _add_train(self, stage: Train, reads: tuple[int, ...], at: Path_) -> None:
-        wanted: Made = "rows" if stage.method == "sft" else "pairs"
+        wanted: Made = METHODS[stage.method].reads
         if not reads:
             reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
         if not reads and wanted == "rows":
@@ -128,7 +135,7 @@ class _Drawing:
 
     def _put(self, knobs: Stage | Given, reads: tuple[int, ...], sets: tuple[str, ...]) -> int:
         number = len(self.steps) + 1
-        self.steps.append(Step(number, knobs, reads, sets))
+        self.steps.append(Step(number, knobs, reads, sets, self.round))
         if type(knobs) in MAKES:
             self._made[number] = MAKES[type(knobs)]
         if knobs.as_ and not isinstance(knobs, Train):

@@ -6,7 +6,7 @@ are kept go to a file of their own, and memory holds a few numbers for each, how
 The split. `held_out: N` takes the N prompts with the smallest hash of (seed, id): neither order nor other rows decide
 about a prompt, and rows added later leave a held-out prompt where it is, except that each new one with a smaller hash
 takes the place of the one with the largest. Near-duplicates go to one side together: groups of them are taken in the
-order of their smallest hash, if they still fit into N. `held_out: all` takes them all.
+order of their smallest hash, if they still fit into N.
 """
 
 import heapq
@@ -35,7 +35,7 @@ NEAR = 0.8
 class PromptSet(Knobs):
     """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns.
 
-    `held_out: all` is a list that is only measured on, for example from another domain.
+    `held_out: all` is for a list that is only measured on.
     """
 
     path: str = Field(min_length=1)
@@ -100,8 +100,8 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 @dataclass
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
-    of prompts that do not go into `train`. `wanted` is how many were to be held out; `references` and `answers`, how many
-    prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
+    of prompts that do not go into `train`. `wanted` is how many were to be held out, or "all"; `references` and `answers`,
+    how many prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
 
     name: str
     wanted: int | Literal["all"] = 0
@@ -225,11 +225,9 @@ def _oddities(one: PromptList) -> Iterator[str]:
         yield f"{number} of {one.funnel.in_} rows left out: {kind} ({first})"
     if one.straddling:
         yield f"{one.straddling} groups of near-duplicates would stand in both train and test; each is kept on one side"
-    if one.wanted == "all":
-        return
-    if one.wanted > len(one.held_out):
+    if one.wanted != "all" and one.wanted > len(one.held_out):
         yield f"{len(one.held_out)} prompts are held out, not {one.wanted}: more would divide near-duplicates"
-    if not one.train:
+    if not one.train and one.wanted != "all":
         yield "no prompt is left to train on"
 
 
@@ -311,16 +309,16 @@ def _shown(reference: str | None) -> str:
 
 def _split(one: PromptList, seed: int) -> None:
     """Choose the held-out ids: whole groups of near-duplicates, smallest hash first, while they fit."""
-    if not one.wanted:
-        return
     if one.wanted == "all":
-        one.held_out.update(_ids(one))
+        one.held_out = set(_ids(one))
+        return
+    if not one.wanted:
         return
     total = len(set(one.ids))
     if one.wanted >= total:
         raise RecipeError(
-            f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on; "
-            "a list that is only measured on says `held_out: all`"
+            f"prompts {one.name}: held_out: {one.wanted} of {total} prompts leaves none to train on; say held_out: all for a "
+            "list that is only measured on"
         )
     looked_at = one.wanted
     while len(one.held_out) < one.wanted and looked_at < total:

@@ -3,8 +3,9 @@
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -17,12 +18,13 @@ from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
 from factory.generate import Generate
 from factory.judge import Judge
-from factory.knobs import Knobs, one_key
+from factory.knobs import Knobs
 from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
 from factory.recipe_file import Source, read
 from factory.shape import Shape
+from factory.stages import Placed, Repeat, Stage, StageKnob, unrolled
 from factory.teachers import ModelEntry
 from factory.teachers.entry import Endpoint
 from factory.teachers.replay import Replay
@@ -32,27 +34,37 @@ from factory.train import Train, check_args
 from factory.weights import Weights, is_path, lacking_packages
 from factory.yamlfile import Path_, written
 
-Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
-StageKnob: Any = one_key(Stage, shorthand={"filter": "filters"})
-
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A stage's or student's name is part of folder names."""
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class Recipe(Knobs):
-    """A whole run. `name` names its folder; prompts and stages flow from top to bottom."""
+    """A whole run. `name` names its folder; prompts and stages flow from top to bottom.
+
+    `stages` are what runs, in order: those `written`, with the rounds of each `repeat` one after another.
+    """
 
     name: str = Field(pattern=NAME)
     prompts: list[PromptSet] = Field(min_length=1)
     seed: int = 0
     budget: Budget = Budget()
     models: dict[str, ModelEntry] = {}
-    stages: list[StageKnob] = []
+    written: list[StageKnob] = Field([], alias="stages")
+
+    @cached_property
+    def placed(self) -> list[Placed]:
+        return unrolled(self.written)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        return [one.stage for one in self.placed]
 
     def trained(self) -> dict[str, Train]:
-        """The students that this recipe makes, by name."""
-        return {stage.as_: stage for stage in self.stages if isinstance(stage, Train)}
+        """The students that this recipe makes, by name; a loop with `until` makes its best one known by the bare name."""
+        made = {stage.as_: stage for stage in self.stages if isinstance(stage, Train)}
+        loops = [stage for stage in self.written if isinstance(stage, Repeat) and stage.until]
+        return made | {loop.student: made[f"{loop.student}@{loop.times}"] for loop in loops}
 
     def view(self) -> Shape:
         """How students see a prompt: by the last `shape`, or erased to the plain prompt."""
@@ -64,7 +76,7 @@ class Recipe(Knobs):
         return next((stage.student for stage in self.stages if isinstance(stage, Train)), None)
 
     def place_of(self, knobs: Knobs) -> int | None:
-        """Where a stage stands; None for one that goes without saying."""
+        """Which of `stages` a stage is; None for one that goes without saying."""
         return next((i for i, stage in enumerate(self.stages) if stage is knobs), None)
 
     def taught(self, teacher: str | None) -> Generate | None:
@@ -151,8 +163,7 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
         yield ("prompts",), "two prompt lists have the same name; give one of them `name:`"
     stages: set[str] = set()
     students: set[str] = set()
-    for i, stage in enumerate(recipe.stages):
-        at: Path_ = ("stages", i, stage.kind)
+    for i, (stage, at, of_round) in enumerate(recipe.placed):
         models = {*recipe.models, *students}
         for field, name in _models_named(stage):
             if name not in models | lost:
@@ -164,16 +175,19 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
                     (*at, "from"),
                     f"there is no prompt list or earlier stage {name!r}; {nearest(name, sets | stages | lost)}",
                 )
-        if stage.as_ is not None and not STAGE_NAME.fullmatch(stage.as_):
+        plain = stage.as_ if of_round is None else (stage.as_ or "").rpartition("@")[0] or None
+        if plain is not None and not STAGE_NAME.fullmatch(plain):
             yield (
                 (*at, "as"),
-                f"the name {stage.as_[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+                f"the name {plain[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
             )
         yield from (((*at, *below), text) for below, text in _own_problems(recipe, i, stage, made))
         if isinstance(stage, Train):
             if stage.as_ in models:
                 yield (*at, "as"), f"the name {stage.as_!r} is taken; give this student another one with `as:`"
             students.add(stage.as_)
+            if of_round and of_round.repeat.until and of_round.number == of_round.repeat.times:
+                students.add(of_round.repeat.student)
         elif stage.as_:
             if stage.as_ in stages | sets:
                 yield (*at, "as"), f"the name {stage.as_!r} is taken"
@@ -197,6 +211,12 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                 yield (
                     ("student",),
                     f"models.{stage.student} is `type: {start.type}`, which cannot be trained; a student is `type: transformers`",
+                )
+            if (teacher := recipe.models.get(stage.teacher or "")) and not isinstance(teacher, Weights):
+                yield (
+                    ("teacher",),
+                    f"models.{stage.teacher} is `type: {teacher.type}`, whose distributions cannot be read; {stage.method} "
+                    "needs a `type: transformers` teacher",
                 )
         case Evaluate():
             named = [stage.from_] if isinstance(stage.from_, str) else stage.from_
@@ -269,6 +289,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             yield "model", stage.model
         case Train():
             yield "student", stage.student
+            if stage.teacher:
+                yield "teacher", stage.teacher
         case Evaluate():
             yield from (("students", name) for name in stage.students)
             yield from ((field, name) for field in ("teacher", "gold") if (name := getattr(stage, field)))

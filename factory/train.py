@@ -9,14 +9,15 @@ import difflib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from factory.child import child_environment
 from factory.errors import DiskError, EngineError, RecipeError
@@ -42,6 +43,30 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
 }
 
+
+class Method(NamedTuple):
+    """A way to learn: TRL's config class and its file, what kind of rows it reads, whether it needs a local teacher.
+
+    `rows_each`: rows that TRL makes of one of ours.
+    """
+
+    config: str
+    file: str
+    reads: Literal["rows", "pairs"]
+    teacher: bool = False
+    rows_each: int = 1
+
+
+METHODS = {
+    "sft": Method("SFTConfig", "trainer/sft_config.py", "rows"),
+    "gkd": Method("GKDConfig", "experimental/gkd/gkd_config.py", "rows", teacher=True),
+    "gold": Method("GOLDConfig", "experimental/gold/gold_config.py", "rows", teacher=True),
+    "dpo": Method("DPOConfig", "trainer/dpo_config.py", "pairs"),
+    "kto": Method("KTOConfig", "trainer/kto_config.py", "pairs", rows_each=2),
+    "orpo": Method("ORPOConfig", "experimental/orpo/orpo_config.py", "pairs"),
+    "simpo": Method("CPOConfig", "experimental/cpo/cpo_config.py", "pairs"),
+}
+
 REFUSED = "refused.txt"
 """Where the child says why, when the preflight refuses the rows: `accelerate launch` keeps exit codes to itself."""
 
@@ -63,20 +88,32 @@ NUMBERS = {
 
 
 class Train(Knobs):
-    """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's."""
+    """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's.
+
+    `teacher`, for gkd and gold, is a local model whose distributions are learned.
+    """
 
     kind: Literal["train"] = "train"
-    method: Literal["sft", "dpo"]
+    method: Literal["sft", "gkd", "gold", "dpo", "kto", "orpo", "simpo"]
     student: str
+    teacher: str | None = None
     as_: str = Field("student", alias="as")
     from_: str | list[str] | None = Field(None, alias="from")
     args: dict[str, Any] = {}
     lora: Lora | None = None
 
+    @model_validator(mode="after")
+    def _teacher_where_one_teaches(self) -> Self:
+        if METHODS[self.method].teacher and self.teacher is None:
+            raise ValueError(f"{self.method} learns a local teacher's distributions: name a model with teacher:")
+        if self.teacher is not None and not METHODS[self.method].teacher:
+            raise ValueError(f"{self.method} has no teacher, it learns from rows alone: remove teacher:")
+        return self
+
 
 def check_args(method: str, args: dict[str, Any]) -> list[str]:
     """What is wrong with the names under `args`; nothing can be told where TRL is not installed."""
-    known = _fields("DPOConfig" if method == "dpo" else "SFTConfig")
+    known = _fields(method)
     problems = []
     for name in args:
         if name in OURS:
@@ -95,18 +132,18 @@ def check_args(method: str, args: dict[str, Any]) -> list[str]:
 
 
 @lru_cache(maxsize=4)
-def _fields(config: str) -> frozenset[str]:
-    """Field names of a TRL config class and its parents, read from the source."""
+def _fields(method: str) -> frozenset[str]:
+    """Field names of a method's TRL config class and of its parents, read from the source."""
     trl, transformers = importlib.util.find_spec("trl"), importlib.util.find_spec("transformers")
     if trl is None or transformers is None or not trl.origin or not transformers.origin:
         return frozenset()
-    trainers, base = Path(trl.origin).parent / "trainer", Path(transformers.origin).parent
-    files = [
-        trainers / f"{config.removesuffix('Config').lower()}_config.py",
-        trainers / "base_config.py",
-        base / "training_args.py",
-    ]
-    wanted = {config, "_BaseConfig", "TrainingArguments"}
+    ours, base = Path(trl.origin).parent, Path(transformers.origin).parent
+    kind = METHODS[method]
+    files = [ours / kind.file, ours / "trainer/base_config.py", base / "training_args.py"]
+    wanted = {kind.config, "_BaseConfig", "TrainingArguments"}
+    if kind.teacher:  # these extend supervised training
+        files.append(ours / METHODS["sft"].file)
+        wanted.add(METHODS["sft"].config)
     names: set[str] = set()
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -117,17 +154,20 @@ def _fields(config: str) -> frozenset[str]:
 
 
 def train(
-    knobs: Train, *, weights_entry: Weights, rows: Path, out: Path, cache: Path, seed: int,
-    on_progress: Callable[[dict[str, Any]], None],
+    knobs: Train, *, weights_entry: Weights, teacher: Weights | None = None, rows: Path, out: Path, cache: Path,
+    checkpoints: Path, seed: int, on_progress: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on a JSONL file of `TrainRow` (sft) or `Pair` (dpo); `out/model` is the student. Returns `training.json`.
+    """Train on a JSONL file of what the method reads, `TrainRow` or `Pair`; `out/model` is the student. Returns `training.json`.
+
+    Goes on from the last checkpoint of a training that was killed, if `checkpoints` has one. They are removed at the end,
+    except where the recipe asks for some (`args.save_strategy`): then they are in `out/checkpoints`.
 
     Raises RecipeError when the preflight refuses the rows, EngineError when training fails.
     """
-    weights = {name: getattr(weights_entry, name) for name in Weights.model_fields}
     job = {
-        "method": knobs.method, "weights": weights, "cache": str(cache.resolve()), "rows": str(rows.resolve()),
-        "out": str(out.resolve()), "args": knobs.args, "seed": seed,
+        "method": knobs.method, "weights": weights_of(weights_entry), "teacher": weights_of(teacher) if teacher else None,
+        "cache": str(cache.resolve()), "rows": str(rows.resolve()),
+        "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))
@@ -136,7 +176,7 @@ def train(
         log.open("wb") as stderr,
         subprocess.Popen(
             [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-            env=child_environment() | _trackers(), start_new_session=True,
+            env=child_environment() | _trackers() | SILENCE, start_new_session=True,
         ) as child,
     ):  # fmt: skip
         assert child.stdout is not None
@@ -154,8 +194,16 @@ def train(
         full = "No space left on device" in words  # as Python and as safetensors say it
         error = DiskError if full else EngineError
         raise error(f"train {knobs.as_}: the trainer ended with exit {code}: {words}" + "; free some space" * full)
+    if "save_strategy" in knobs.args and checkpoints.is_dir():
+        checkpoints.rename(out / "checkpoints")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
+
+
+def weights_of(entry: Weights) -> dict[str, Any]:
+    """What a child needs to load a model; an entry may say more."""
+    return {name: getattr(entry, name) for name in Weights.model_fields}
 
 
 def _launcher() -> list[str]:
@@ -175,6 +223,10 @@ def _gpus() -> int:
     except FileNotFoundError:
         return 0
     return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+SILENCE = {"TRL_EXPERIMENTAL_SILENCE": "1"}
+"""Where TRL's experimental trainers are used the README says so."""
 
 
 def _trackers() -> dict[str, str]:

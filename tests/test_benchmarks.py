@@ -25,6 +25,10 @@ SMALL = [
         "lost_or_paid_again_after_unsupported_parameter", "exit_code_another_model", "lost_or_paid_again_after_another_model",
     ]),
     ("intervals", "--evaluations=3", [f"wilson_{rate}" for rate in (0.1, 0.3, 0.5, 0.7, 0.9)]),
+    ("training", "", [
+        "planted_faults_missed", "dpo_loss_at_step_0_beside_ln_2", "dpo_margin_at_step_0", "dpo_loss_precomputed_beside_live",
+        "packed_loss_beside_unpacked",
+    ]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -1,6 +1,8 @@
 """Training: what is learned of a row, what is refused before step 1, and how the trainer's process lives and dies."""
 
 import dataclasses
+import importlib
+import io
 import json
 import os
 import shutil
@@ -20,25 +22,21 @@ from hypothesis import strategies as st
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
 from factory.train import Train, check_args
-from factory.trainers.preflight import Refused, mend_padding, preflight, preview, tokenise
+from factory.trainers.preflight import (
+    Refused,
+    fits,
+    mend_padding,
+    needed_bytes,
+    preflight,
+    preview,
+    refuse_what_cannot_fit,
+    tokenise,
+)
 from factory.weights import Weights
+from tests.planted import FAULTS, LONG, Planted, Row, pair, said, sft_row
 from tests.tiny import TEMPLATE, tiny_model
 
 QUESTIONS = [f"What is the colour of thing number {i}?" for i in range(12)]
-Row = dict[str, Any]
-
-
-def said(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
-
-
-def sft_row(i: int, answer: str = "The sky is blue.") -> Row:
-    return {"id": f"r{i}", "prompt": said("user", QUESTIONS[i]), "completion": said("assistant", answer)}
-
-
-def pair(i: int, chosen: str = "It is green.", rejected: str = "Because: no") -> Row:
-    row = {"id": f"p{i}", "prompt": said("user", QUESTIONS[i])}
-    return row | {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +57,16 @@ def tokenizer(folder: Path) -> Any:
 class Ran:
     """One training: its folder, what it told on the way, and its result or error."""
 
-    def __init__(self, out: Path, base: Path, rows: list[Row], **knobs: Any) -> None:
-        self.out, self.base, self.progress = out, base, []  # type: ignore[var-annotated]
+    def __init__(self, out: Path, base: Path, rows: list[Row], teacher: Path | None = None, **knobs: Any) -> None:
+        self.out, self.base, self.teacher, self.progress = out, base, teacher, []  # type: ignore[var-annotated]
         out.mkdir()
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.knobs = Train.model_validate({"student": "base"} | knobs)
+        self.knobs = Train.model_validate({"student": "base"} | ({"teacher": "big"} if teacher else {}) | knobs)
 
     def run(self) -> dict[str, Any]:
         return stage.train(
             self.knobs, weights_entry=Weights(model=str(self.base)), rows=self.out / "rows.jsonl", out=self.out,
-            cache=self.out, seed=1, on_progress=self.progress.append,
+            teacher=Weights(model=str(self.teacher)) if self.teacher else None, cache=self.out, checkpoints=self.out / "going", seed=1, on_progress=self.progress.append,
         )  # fmt: skip
 
     def read(self, name: str) -> Any:
@@ -94,11 +92,21 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     padded.save_pretrained(place / "padded")
     rows = [sft_row(i) for i in range(8)]
     template = {"chat_template_path": str(place / "template.jinja")}
+    pairs = [pair(i) for i in range(8)]
+    big = tiny_model(place / "big", hidden=128, seed=5)
+    foreign = tiny_model(place / "foreign", vocab=280, seed=6)
     jobs = {
+        "kto": Ran(place / "kto", folder, pairs, method="kto", args=SMALL),
+        "orpo": Ran(place / "orpo", folder, pairs, method="orpo", args=SMALL),
+        "simpo": Ran(place / "simpo", folder, pairs, method="simpo", args=SMALL),
+        "gkd": Ran(place / "gkd", folder, rows, big, method="gkd", args=SMALL | {"max_new_tokens": 8}),
+        "gold": Ran(place / "gold", folder, rows, foreign, method="gold", args=SMALL | {"max_completion_length": 8}),
+        "gkd, another vocabulary": Ran(place / "other", folder, rows, foreign, method="gkd", args=SMALL),
         "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
-        "dpo": Ran(place / "dpo", folder, [pair(i) for i in range(8)], method="dpo", args=SMALL),
+        "dpo": Ran(place / "dpo", folder, pairs, method="dpo", args=SMALL),
         "lora": Ran(place / "lora", bare, rows, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
+        "rising": Ran(place / "rising", folder, rows, method="sft", args=SMALL | {"learning_rate": 1e9, "num_train_epochs": 20}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
     }  # fmt: skip
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -139,7 +147,7 @@ def test_a_student_is_a_plain_folder_that_ends_its_answers(ran: Any, folder: Pat
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("sft", "dpo", "lora"):
+    for name in ("sft", "dpo", "lora", "kto", "orpo", "simpo", "gkd", "gold"):
         job, result = ran[name]
         result.result()
         student = job.out / "model"
@@ -171,6 +179,30 @@ def test_dpo_logs_rewards_and_learns_the_preference(ran: Any) -> None:
     assert log[-1]["rewards/margins"] > 0.1
 
 
+@pytest.mark.parametrize("method", ["kto", "orpo", "simpo", "gkd", "gold"])
+def test_every_method_trains_all_rows(ran: Any, method: str) -> None:
+    _, result = ran[method]
+    told = result.result()
+    assert (told["method"], told["rows_trained"], told["rows_set_aside"]) == (method, 8, {})
+    steps = 12 if method == "kto" else 6  # three times through 8 rows by fours; KTO makes two rows of a pair
+    assert (told["steps"], len(told["log"])) == (steps, steps)
+    assert told["log"][-1]["loss"] < told["log"][0]["loss"]
+
+
+def test_distributions_over_two_vocabularies_are_no_gkd(ran: Any) -> None:
+    _, result = ran["gkd, another vocabulary"]
+    with pytest.raises(RecipeError, match=r"train student: gkd .* tokens and the teacher's 280; use method: gold"):
+        result.result()
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "told"), [("gkd", None, "name a model with teacher:"), ("dpo", "big", "remove teacher:")]
+)
+def test_who_teaches_is_asked_where_somebody_does(method: str, teacher: str | None, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Train.model_validate({"method": method, "student": "base", "teacher": teacher})
+
+
 def test_a_crash_is_an_engine_error_with_the_last_words(ran: Any) -> None:
     _, result = ran["crash"]
     with pytest.raises(EngineError, match=r"train student: the trainer ended with exit 1: .*no_such_optimizer"):
@@ -182,6 +214,78 @@ def test_refused_rows_are_a_recipe_error_that_says_what_to_do(ran: Any) -> None:
     with pytest.raises(RecipeError, match="train student: row p1: chosen and rejected are the same; drop such pairs"):
         result.result()
     assert not (job.out / "model").exists()
+
+
+def test_a_training_that_diverges_is_stopped_with_what_to_try(ran: Any) -> None:
+    job, result = ran["rising"]
+    with pytest.raises(
+        RecipeError, match=r"train student: it diverges: the loss .* lower args.learning_rate \(now 1e\+09\)"
+    ):
+        result.result()
+    assert 0 < len(job.progress) < 40
+    assert not (job.out / "going").exists()
+
+
+def test_what_diverges_is_told_from_what_jumps() -> None:
+    from factory.trainers.watch import diverges
+
+    assert diverges([float("nan")]) == diverges([2.0, float("inf")]) == "the loss is no number"
+    jumping = [2.0, 1.0, 6.0] * 20
+    assert not any(diverges(jumping[:i]) for i in range(1, 60))
+    assert "rises (1 at first, 4 now)" in str(diverges([1.0] * 10 + [4.0] * 10))
+    assert diverges([0.1] * 10 + [0.5] * 10) is None  # half a nat is nothing to end a training for
+
+
+KILLED = """
+import sys
+from tests.test_train import GOING_ON, Path, Ran, sft_row
+Ran(Path(sys.argv[1]), Path(sys.argv[2]), [sft_row(i) for i in range(12)], **GOING_ON).run()
+"""
+GOING_ON: dict[str, Any] = {
+    "method": "sft", "args": SMALL | {"num_train_epochs": 10, "save_strategy": "steps", "save_steps": 7},
+}  # fmt: skip
+
+
+def test_a_killed_training_goes_on_and_comes_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = tmp_path / "killed"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(folder)]) as parent:
+        while not (out / "going/checkpoint-14").exists():  # it is being written
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.send_signal(signal.SIGKILL)
+    time.sleep(0.5)  # its child ends with it
+    torn = out / "going" / "checkpoint-999"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 99')
+    again, whole = object.__new__(Ran), Ran(tmp_path / "whole", folder, [sft_row(i) for i in range(12)], **GOING_ON)
+    again.out, again.base, again.teacher, again.progress, again.knobs = out, folder, None, [], whole.knobs
+    told, undisturbed = again.run(), whole.run()
+    assert told["resumed_at"] % 7 == 0 < told["resumed_at"] == again.progress[0]["step"] - 1
+    assert undisturbed["resumed_at"] is None
+    assert told["log"] == undisturbed["log"]
+    ours, theirs = (load_file(where / "model/model.safetensors") for where in (out, tmp_path / "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert (out / "checkpoints").is_dir()  # the recipe asked for them
+
+
+def test_a_long_training_is_saved_by_the_clock(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from factory.trainers.job import _defaults
+    from factory.trainers.setup import Setup
+    from factory.trainers.sft import sft
+    from factory.trainers.watch import SAVE_EVERY_S, Watch, last_checkpoint
+
+    watch = Watch(io.StringIO())
+    args = {"output_dir": str(tmp_path / "going"), "max_steps": 3} | _defaults(on_gpu=False)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    trainer = sft(Setup(model, tokenizer, [sft_row(i) for i in range(8)], args, None, watch))
+    watch._saved -= SAVE_EVERY_S
+    trainer.train()
+    assert last_checkpoint(tmp_path / "going") == tmp_path / "going/checkpoint-1"
 
 
 PARENT = """
@@ -213,14 +317,16 @@ def collated(folder: Path, rows: list[Row], tmp_path: Path, **args: Any) -> list
     """The text that each row's labels learn, of one batch of TRL's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from factory.trainers.job import _callback, _defaults
+    from factory.trainers.job import _defaults
+    from factory.trainers.setup import Setup
     from factory.trainers.sft import sft
+    from factory.trainers.watch import Watch
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token  # planted: padding would hide the end
     mend_padding(tokenizer, model)
     given = {"output_dir": str(tmp_path)} | _defaults(on_gpu=False) | args
-    trainer = sft(model, tokenizer, rows, given, None, _callback(None, []))
+    trainer = sft(Setup(model, tokenizer, rows, given, None, Watch(None)))
     labels = trainer.data_collator(list(trainer.train_dataset))["labels"]
     return [tokenizer.decode([label for label in row.tolist() if label != -100]) for row in labels]
 
@@ -244,42 +350,51 @@ def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: An
 
 # -- the preflight ---------------------------------------------------------------------------------------------------------------
 
-NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-THINKING = TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_what_would_train_wrongly_is_refused(folder: Path, tokenizer: Any, fault: Planted) -> None:
+    from transformers import AutoModelForCausalLM
 
-@pytest.mark.parametrize(
-    ("planted", "row", "told"),
-    [
-        ({"chat_template": None}, sft_row(0), "no chat template"),
-        ({"eos_token": None}, sft_row(0), "no end token"),
-        (
-            {"chat_template": THINKING},
-            sft_row(0),
-            "row r0: the chat template renders a conversation for training unlike",
-        ),
-        ({"chat_template": NO_END}, sft_row(0), r"row r0: the end token '<\|im_end\|>' is not in the loss"),
-        ({"eos_token": "<|endoftext|>"}, sft_row(0), r"row r0: the end token '<\|endoftext\|>' is not in the loss"),
-        ({}, sft_row(0, " \n"), "row r0: its answer is empty"),
-        ({}, pair(2, rejected=""), "row p2: its answer is empty"),
-        ({}, pair(2, "a", "a"), "row p2: chosen and rejected are the same"),
-        ({}, sft_row(0, "Yes.<|im_end|>"), r"row r0: the end token '<\|im_end\|>' stands more than once"),
-        ({}, sft_row(0, "Yes.<|im_end|> No."), "stands more than once"),
-        (
-            {"bos_token": "<|endoftext|>", "chat_template": "{{ bos_token }}{{ bos_token }}" + TEMPLATE},
-            sft_row(0),
-            r"row r0: the beginning token '<\|endoftext\|>' stands twice",
-        ),
-        ({}, sft_row(0, "blue " * 80), "all 1 rows are longer than max_length=64"),
-        ({}, sft_row(0) | {"weight": 0.5}, "row r0: weights other than 1"),
-    ],
-)
-def test_what_would_train_wrongly_is_refused(tokenizer: Any, planted: dict[str, Any], row: Row, told: str) -> None:
-    assert preflight([sft_row(3)], tokenizer, 64)[0] == [sft_row(3)]  # sound without the fault
-    for name, value in planted.items():
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    good = pair(3) if "chosen" in fault.row else sft_row(3)
+    assert preflight([good], tokenizer, fits(model, tokenizer, {}))[0] == [good]  # sound without the fault
+    for name, value in fault.tokenizer.items():
         setattr(tokenizer, name, value)
-    with pytest.raises(Refused, match=told):
-        preflight([row], tokenizer, 64)
+    if fault.embeddings:
+        model.resize_token_embeddings(fault.embeddings)
+    with pytest.raises(Refused, match=fault.told):
+        preflight([fault.row], tokenizer, fits(model, tokenizer, fault.args))
+
+
+def test_rows_that_cannot_train_are_set_aside_with_their_reason(tokenizer: Any) -> None:
+    marked = sft_row(1) | {"prompt": said("user", "Is <|endoftext|> a word?")}
+    kept, aside = preflight([sft_row(0), marked, sft_row(2, LONG)], tokenizer, 64)
+    assert [row["id"] for row in kept] == ["r0"]
+    assert aside[0] == {"id": "r1", "reason": "template_token:<|endoftext|>"}
+    assert aside[1]["reason"].startswith("over_length=")
+
+
+def test_the_memory_of_a_training_is_counted_before_it(folder: Path) -> None:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from factory.trainers.job import peft_of
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    whole = model.num_parameters()
+    assert needed_bytes(model, None) == 16 * whole
+    lora = peft_of({"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"})
+    counted = needed_bytes(model, lora)
+    adapted = get_peft_model(model, lora)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert counted == 4 * whole + 16 * trained
+    refuse_what_cannot_fit(model, lora)
+    with torch.device("meta"):  # four hundred thousand million parameters, none of them anywhere
+        config = AutoConfig.from_pretrained(folder, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126)
+        huge = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(Refused, match=r"need .* GiB, of which .* are there; train with `lora: \{\}`"):
+        refuse_what_cannot_fit(huge, None)
 
 
 def test_every_row_is_looked_at(tokenizer: Any) -> None:
@@ -357,12 +472,12 @@ def test_unknown_arguments_are_told_with_the_nearest(method: str, name: str, tol
     assert told in problem
 
 
-@pytest.mark.parametrize("config", ["SFTConfig", "DPOConfig"])
-def test_known_arguments_are_those_of_the_installed_trl(config: str) -> None:
-    import trl
-
-    real = {field.name for field in dataclasses.fields(getattr(trl, config)) if not field.name.startswith("_")}
-    assert stage._fields(config) == real
+@pytest.mark.parametrize("method", stage.METHODS)
+def test_known_arguments_are_those_of_the_installed_trl(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    kind = stage.METHODS[method]
+    config = getattr(importlib.import_module("trl." + kind.file.removesuffix(".py").replace("/", ".")), kind.config)
+    assert stage._fields(method) == {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")}
 
 
 @pytest.mark.parametrize(("visible", "processes"), [("0,1", 2), ("2, 5,7", 3), ("0", 1), ("", 1), ("-1", 1)])

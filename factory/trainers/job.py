@@ -5,27 +5,21 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from factory.child import die_with_parent, end_with_input
 from factory.errors import FactoryError
-from factory.train import REFUSED
-from factory.trainers.preference import dpo
-from factory.trainers.preflight import Refused, mend_padding, preflight, preview
+from factory.train import METHODS, REFUSED
+from factory.trainers.distill import gkd, gold
+from factory.trainers.preference import dpo, kto, orpo, simpo
+from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
+from factory.trainers.setup import Setup
 from factory.trainers.sft import sft
 from factory.weights import Weights, materialise
 
-TRAINERS = {"sft": sft, "dpo": dpo}
-LOGGED = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/chosen",
-    "rewards/rejected",
-)
+TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "orpo": orpo, "simpo": simpo, "gkd": gkd, "gold": gold}
 
 
 def main() -> None:
@@ -46,33 +40,41 @@ def main() -> None:
 def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     import torch
 
+    from factory.trainers.watch import Watch, entry, last_checkpoint
+
     on_gpu = torch.cuda.is_available()
-    args = {"seed": job["seed"], "output_dir": str(out / "checkpoints")} | _defaults(on_gpu) | job["args"]
+    args = {"seed": job["seed"], "output_dir": job["checkpoints"]} | _defaults(on_gpu) | job["args"]
     tokenizer, model = _student(job, on_gpu, args)
+    peft = peft_of(job["lora"])
+    refuse_what_cannot_fit(model, peft)
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    kept, aside = preflight(rows, tokenizer, args.get("max_length", 1024))
-    log: list[dict[str, Any]] = []
-    trainer = TRAINERS[job["method"]](model, tokenizer, kept, args, _peft(job["lora"]), _callback(told, log))
-    if len(trainer.train_dataset) != len(kept) and not args.get("packing"):
+    kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
+    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
+    trainer = TRAINERS[job["method"]](setup)
+    wanted = len(kept) * METHODS[job["method"]].rows_each
+    if len(trainer.train_dataset) != wanted and not args.get("packing"):
         made = len(trainer.train_dataset)
-        raise Refused(f"{len(kept)} rows were to train, but TRL made {made} of them; raise args.max_length")
+        raise Refused(f"{wanted} rows were to train, but TRL made {made} of them; raise args.max_length")
     first = trainer.is_world_process_zero()  # under `accelerate launch`, one process writes
     if first:
         (out / "set_aside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aside))
         (out / "preview.json").write_text(json.dumps(preview(kept, tokenizer)))
     started = time.monotonic()
-    trainer.train()
+    checkpoint = last_checkpoint(Path(job["checkpoints"]))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if not first:
         return
     _save(trainer, tokenizer, out, lora=job["lora"] is not None)
-    tokens = int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0))
+    history = trainer.state.log_history
+    tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
-        "rows_set_aside": {"over_length": len(aside)} if aside else {}, "tokens": tokens,
-        "steps": int(trainer.state.global_step), "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1), "log": log, "notes": notes,
+        "rows_set_aside": Counter(row["reason"].partition("=")[0].partition(":")[0] for row in aside), "tokens": tokens,
+        "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
+        "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+        "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(facts, indent=2))
@@ -85,14 +87,21 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
     rounded away. Under LoRA they are frozen, so half of the memory will do.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     weights = Weights.model_validate(job["weights"])
     folder = materialise(weights, Path(job["cache"]))
     automatic = torch.bfloat16 if on_gpu and job["lora"] else torch.float32
     dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return tokenizer_of(folder, args), model
+
+
+def tokenizer_of(folder: Path, args: dict[str, Any]) -> Any:
+    """The student's tokenizer with what `args` make of it: the preflight must see it as TRL will."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # the preflight must see these as TRL will
     if token := args.get("eos_token"):
         tokenizer.eos_token = token
     if template := args.get("chat_template_path"):
@@ -102,17 +111,38 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
             if path.is_file()
             else AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
         )
-    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return tokenizer
+
+
+def _teacher(job: dict[str, Any], on_gpu: bool) -> Any:
+    """The local model whose distributions are learned; None for methods that need none. It is only read."""
+    if job["teacher"] is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weights = Weights.model_validate(job["teacher"])
+    folder = materialise(weights, Path(job["cache"]))
+    automatic = torch.bfloat16 if on_gpu else torch.float32
+    dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 
 
 def _defaults(on_gpu: bool) -> dict[str, Any]:
     """Settings under the recipe's: nothing leaves the machine, and what a CPU needs to train at all."""
-    common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    common = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    common["logging_nan_inf_filter"] = False  # it would show the last sound loss where there is none
     cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     return common if on_gpu else common | cpu
 
 
-def _peft(lora: dict[str, Any] | None) -> Any:
+def peft_of(lora: dict[str, Any] | None) -> Any:
     if lora is None:
         return None
     from peft import LoraConfig
@@ -124,21 +154,6 @@ def _peft(lora: dict[str, Any] | None) -> Any:
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )
-
-
-def _callback(told: Any, log: list[dict[str, Any]]) -> Any:
-    from transformers import TrainerCallback
-
-    class Tell(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        """Passes each log entry on to the parent, and keeps it for the report."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs and state.is_world_process_zero:
-                entry = {"step": state.global_step, **{name: float(logs[name]) for name in LOGGED if name in logs}}
-                log.append(entry)
-                told.write(json.dumps({"steps": state.max_steps, **entry}) + "\n")
-
-    return Tell()
 
 
 def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:

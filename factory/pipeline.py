@@ -180,10 +180,7 @@ class Work:
         else:
             say(f"{step.title}")
             folder = self._make_or_wait(step, folder.path)
-            counts = folder.manifest
-            say(
-                f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed"
-            )
+            say("  {in} {unit}: {kept} kept, {dropped} dropped, {failed} failed".format_map(folder.manifest))
         self.made[step.number] = folder
         self.note("unfinished")
         if isinstance(step.knobs, Evaluate):

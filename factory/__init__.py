@@ -20,7 +20,9 @@ The map, in the order that data flows (a file imports only from files above it):
     audit                    what preference rows would teach besides quality
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
-    stats, evaluate          intervals; stage `evaluate`
+    stats, measures          intervals and tests; what is measured of answers
+    footprint, summary       size, speed and price; models compared
+    gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
     rejects, findings, report       what a run shows: sentences, one page, one JSON

@@ -13,7 +13,8 @@ from factory.signals import Interrupted, interrupting
 EXIT_CODES = """
 exit codes: 0 done, 1 bug, 2 usage or recipe, 3 finished but over the failure limit or without a row, 4 key or TLS, 5
 budget or quota, 6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 locked, 11 damaged journal, 12 version,
-13 a batch is submitted: run the same command again to collect it, 129/130/143 stopped, 141 output closed
+13 a batch is submitted: run the same command again to collect it, 14 complete but `require` not met, 129/130/143
+stopped, 141 output closed
 """
 
 LOOK_FIRST_S = 5.0

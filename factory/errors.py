@@ -12,7 +12,8 @@
     ├── LockedError                 10   another process holds this journal
     ├── JournalError                11   the journal is damaged
     ├── VersionError                12   the journal was written by a newer factory
-    └── Waiting                     13   a batch is submitted; the same command again collects it
+    ├── Waiting                     13   a batch is submitted; the same command again collects it
+    └── NotReached                  14   the run is complete, but an evaluation's `require` is not met
     (signals.Interrupted: 129, 130, 143  hang-up, Ctrl-C or SIGTERM; the same command goes on)
 
 A message says what is wrong, where, and what to do. The command line prints it without a traceback.
@@ -122,3 +123,9 @@ class Waiting(FactoryError):
     """A batch is submitted and not done yet; the same command again collects it and goes on."""
 
     exit_code = 13
+
+
+class NotReached(FactoryError):
+    """The run is complete, but its student does not reach what `evaluate: {require: ...}` asks of it."""
+
+    exit_code = 14

@@ -1,6 +1,7 @@
 """What a run shows, in sentences: from counts and paired intervals alone, and no further than they go.
 
-A difference is claimed only where its paired 95 % interval excludes zero and at least `FEWEST` prompts stand behind it.
+A difference is claimed only where its paired 95 % interval excludes zero and at least `FEWEST` prompts stand behind it;
+with several students, only where the exact test, corrected for their number, agrees.
 """
 
 import math
@@ -18,7 +19,12 @@ LENGTH_TELLS = 0.6
 MANY_UNREAD = 0.1
 """Share of answers without a readable result from which `correct` is said to measure the form as well."""
 
+LEVEL = 0.05
+"""Of the tests: the chance of a claim where there is nothing."""
+
 Row = dict[str, Any]
+Rows = dict[tuple[str, str], Row]
+"""By model and measure, or by measure and kind of comparison."""
 
 CLAIMS = {
     # measure: (what is said of it, if it rose, if it fell, if neither shows)
@@ -47,7 +53,9 @@ def findings(report: Row) -> list[str]:
     """Sentences for a report as `factory.report.collect` makes it; the first one is the headline."""
     return [
         *_of_status(report),
+        *(gate["told"] for gate in report.get("gates", []) if not gate["met"]),
         *_of_evaluation(report),
+        *(gate["told"] for gate in report.get("gates", []) if gate["met"]),
         *_of_training(report),
         *_of_data(report),
         *_of_cost(report.get("spent", {})),
@@ -75,17 +83,18 @@ def _of_evaluation(report: Row) -> Iterator[str]:
     for name in reversed(students):  # the last one trained is what the run was for
         who = "the student" if len(students) == 1 else f"the student {name}"
         paired = {(c["measure"], c["kind"]): c for c in report["comparisons"] if c["a"] == name}
+        several = len(students) > 1
         for measure in CLAIMS:
             if (name, measure) in rows:
-                yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired))
-        yield from (_capital(text) for text in _beside_teacher(who, paired))
+                yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
+        yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
+        for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
+            yield from (_capital(text) for text in told(who, paired))
     if not any(row["measure"] == "correct" for row in report["evaluation"]):
         yield "Correctness was not measured: no held-out prompt has a reference."
 
 
-def _before_and_after(
-    who: str, measure: str, rows: dict[tuple[str, str], Row], after: Row, paired: dict[tuple[str, str], Row]
-) -> str:
+def _before_and_after(who: str, measure: str, rows: Rows, after: Row, paired: Rows, several: bool) -> str:
     difference = paired.get((measure, "difference"))
     before = rows.get((difference["b"], measure)) if difference else None
     if difference is None or before is None:
@@ -93,7 +102,9 @@ def _before_and_after(
     told = f"{_measured(measure, who, after)}, {_also(measure, before)}"
     if measure != "accepted" or not _claimed(difference) or difference["n"] < FEWEST:
         told += f"; the difference of {_difference(measure, difference)}"
-    return f"{told}: {_verdict(measure, difference)}."
+    if several and _claimed(difference) and not _stands(difference):
+        told += f", but the exact test, corrected for the number of students, does not (p = {difference['p_holm']:.2g})"
+    return f"{told}: {_verdict(measure, difference, several)}."
 
 
 def _measured(measure: str, who: str, row: Row) -> str:
@@ -127,13 +138,15 @@ def _difference(measure: str, c: Row) -> str:
     return f"{told} {'excludes' if _claimed(c) else 'includes'} zero"
 
 
-def _verdict(measure: str, c: Row) -> str:
+def _verdict(measure: str, c: Row, several: bool) -> str:
     _, rose, fell, neither = CLAIMS[measure]
     if c["n"] < FEWEST:
         return f"{c['n']} prompts are too few to conclude anything"
     if c.get("unread", 0) > MANY_UNREAD * c["n"]:
         return f"{c['unread']} answers of {c['b']} cannot be read in the form asked for, so this measures form as well"
-    return neither if not _claimed(c) else rose if c["low"] > 0 else fell
+    if not _claimed(c) or (several and not _stands(c)):
+        return neither
+    return rose if c["low"] > 0 else fell
 
 
 def _claimed(c: Row) -> bool:
@@ -141,17 +154,78 @@ def _claimed(c: Row) -> bool:
     return bool(c["low"] > 0 or c["high"] < 0)
 
 
-def _beside_teacher(who: str, paired: dict[tuple[str, str], Row]) -> Iterator[str]:
-    words = {"accepted": "share of accepted answers", "correct": "share of correct answers"}
-    for measure, what in words.items():
+def _stands(c: Row) -> bool:
+    """Whether the exact test, corrected for the number of students, sees a difference too; for rates alone there is one."""
+    return bool(c.get("p_holm", 0.0) < LEVEL)
+
+
+def _of_draws(who: str, name: str, rows: Rows, paired: Rows) -> Iterator[str]:
+    """Of sampled answers: does the student reach more, or does it only say more surely what the base model could say?"""
+    for measure in sorted(m for model, m in rows if model == name and m.startswith("pass@") and m != "pass@1"):
+        c, one = paired.get((measure, "difference")), paired.get(("pass@1", "difference"))
+        told = f"sampled answers: {who}'s pass@1 is {_rate(rows[name, 'pass@1'])}, its {measure} {_rate(rows[name, measure])}"
+        if c is None or one is None or c["n"] < FEWEST:
+            yield f"{told}."
+            continue
+        told += f"; the base model's are {_rate(rows[c['b'], 'pass@1'])} and {_rate(rows[c['b'], measure])}"
+        if one["low"] > 0 and not c["low"] > 0:
+            told += f": it is right more often at once, but not shown to be so in {measure[5:]} tries, which may be sharpening alone"
+        yield f"{told}."
+
+
+def _of_style(who: str, paired: Rows) -> Iterator[str]:
+    """The false promise of imitation (Gudibande et al. 2023): the teacher's wording without what it can do."""
+    wording, correct = paired.get(("teacher_overlap", "difference")), paired.get(("correct", "difference"))
+    if (
+        wording
+        and correct
+        and min(wording["n"], correct["n"]) >= FEWEST
+        and wording["low"] > 0
+        and not correct["low"] > 0
+    ):
+        yield (
+            f"{who}'s wording came closer to the teacher's (ROUGE-L {wording['value']:+.2f}, {wording['low']:+.2f} to "
+            f"{wording['high']:+.2f}), its correctness was not shown to rise: style may be what was learned."
+        )
+
+
+SHARES = {"accepted": "accepted answers", "correct": "correct answers"}
+
+
+def _of_gap(who: str, paired: Rows) -> Iterator[str]:
+    """The share of what lies between base and teacher."""
+    for measure, what in SHARES.items():
+        c = paired.get((measure, "gap"))
+        if not c or c["n"] < FEWEST:
+            continue
+        if c["value"] is None:
+            yield f"how much of the gap in {what} {who} closes is undefined: {c['undefined']}."
+        else:
+            yield f"{who} closes {100 * c['value']:.0f} % of the gap in {what} between base and teacher ({_bounds(c)}, {c['n']} prompts)."
+
+
+def _beside_gold(who: str, paired: Rows) -> Iterator[str]:
+    """Distilled against trained on ground truth."""
+    for measure, what in SHARES.items():
+        c = paired.get((measure, "beside_gold"))
+        if not c or c["n"] < FEWEST:
+            continue
+        then = "no difference is shown" if not _claimed(c) else f"{who} has {'more' if c['low'] > 0 else 'fewer'}"
+        yield f"{what} of {who} against the one trained on ground truth: {_difference(measure, c)}: {then}."
+
+
+def _beside_teacher(who: str, paired: Rows) -> Iterator[str]:
+    for measure, what in SHARES.items():
         c = paired.get((measure, "ratio"))
-        if c and c["n"] >= FEWEST:
-            # an unbounded ratio is null in JSON
-            high = "no upper bound" if c["high"] is None else f"{100 * c['high']:.0f} %"
-            yield (
-                f"{who}'s {what} is {100 * c['value']:.0f} % of the teacher's "
-                f"(interval {100 * c['low']:.0f} % to {high}, {c['n']} prompts)."
-            )
+        if c and c["n"] >= FEWEST and c["value"] is not None:
+            yield f"{who}'s share of {what} is {100 * c['value']:.0f} % of the teacher's ({_bounds(c)}, {c['n']} prompts)."
+
+
+def _bounds(c: Row) -> str:
+    """An interval of shares; an end without bound is null in JSON."""
+    low = "no lower bound" if c["low"] is None else f"{100 * c['low']:.0f} %"
+    high = "no upper bound" if c["high"] is None else f"{100 * c['high']:.0f} %"
+    return f"interval {low} to {high}"
 
 
 # -- training and data -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from factory.train import Train
 
 VERSIONS = {
     "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 2, "score": 1, "choose": 2, "shape": 2,
-    "pair": 3, "train": 1, "evaluate": 1,
+    "pair": 3, "train": 1, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -46,6 +46,7 @@ class Naming:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
         names = {"from_"} if isinstance(step.knobs, Judge | Score) else {"from_", "as_"}  # the name of a score
+        names |= {"require"} if isinstance(step.knobs, Evaluate) else set()  # limits change nothing that is measured
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
             [made[number].manifest["content"] for number in step.reads],
@@ -86,7 +87,7 @@ class Naming:
             case Train() as knobs:
                 return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:
-                return [*knobs.students, *([knobs.teacher] if knobs.teacher else [])]
+                return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold))]
             case Curate() as knobs:
                 return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
             case _:

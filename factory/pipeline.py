@@ -26,11 +26,12 @@ from factory.budget import Wall
 from factory.choose import Choose, choose, unmet
 from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
-from factory.errors import RecipeError, TooManyFailures, Waiting
+from factory.errors import NotReached, RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.contamination import Contamination
 from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
+from factory.gates import Gate, gates, reached
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
 from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
@@ -93,7 +94,8 @@ def run(
         try:
             work.check_failures()
             work.check_rows(steps)
-        except TooManyFailures as e:
+            reached(work.gates, work.folder)
+        except (TooManyFailures, NotReached) as e:
             work.note("done", why=stopped_by(e))
             raise
     return work.folder
@@ -111,6 +113,7 @@ class Work:
         self.folder = runs / recipe.name
         self.made: dict[int, StageFolder] = {}
         self.rows: dict[str, dict[str, int]] = {}
+        self.gates: list[Gate] = []
         self.models = Models(recipe.models, recipe.first_student(), runs, allow_code)
         self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
@@ -153,6 +156,7 @@ class Work:
         facts = {"name": recipe.name, "recipe_hash": recipe_hash, "seed": recipe.seed, "status": status, **why}
         spent = self.journal.spent(recipe.name)._asdict()
         lists = [msgspec.to_builtins(row) for row in self.prompts.funnel]
+        facts["gates"] = [gate._asdict() for gate in self.gates]
         whole = {**facts, "stages": folders, "versions": versions, "prompts": lists, "spent": spent, "rows": self.rows}
         write_json(self.folder / "manifest.json", whole)
 
@@ -184,12 +188,11 @@ class Work:
         else:
             say(f"{step.title}")
             folder = self._make_or_wait(step, folder.path)
-            counts = folder.manifest
-            say(
-                f"  {counts['in']} {counts['unit']}: {counts['kept']} kept, {counts['dropped']} dropped, {counts['failed']} failed"
-            )
+            say("  {in} {unit}: {kept} kept, {dropped} dropped, {failed} failed".format_map(folder.manifest))
         self.made[step.number] = folder
         self.note("unfinished")
+        if isinstance(step.knobs, Evaluate):
+            self.gates += gates(step.knobs.require, folder.path)
         if isinstance(step.knobs, Train):
             self.models.add_student(step.knobs.as_, folder.path / "model")
 
@@ -368,21 +371,18 @@ class Work:
         return total
 
     def _evaluate(self, knobs: Evaluate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
-        prompts = list(chain.from_iterable(self.prompts.test(name) for name in step.sets))
+        # a prompt that two lists hold out is one item
+        prompts = list({prompt.id: prompt for name in step.sets for prompt in self.prompts.test(name)}.values())
         if not prompts:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
         filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
-        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed)
-        asker = self.asker(taught) if taught else None
-        data, answers = asyncio.run(
-            evaluate(examiner, filters, partial(student_view, self.recipe.view()), taught, asker)
-        )
-        for answer in answers:
-            out.put(answer)
+        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
+        view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
+        data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)
         facts |= _cost(examiner.tallies)
-        return len(answers)
+        return _put_all(out, answers, step.title)
 
 
 def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, total: int | None = None) -> int:

@@ -335,5 +335,4 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield "teacher", stage.teacher
         case Evaluate():
             yield from (("students", name) for name in stage.students)
-            if stage.teacher:
-                yield "teacher", stage.teacher
+            yield from ((field, name) for field in ("teacher", "gold") if (name := getattr(stage, field)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from factory.audit import audit
 from factory.findings import findings, length_predicts
+from factory.measures import RATES
 from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired
 from factory.run import StageFolder, write_bytes, write_json
@@ -22,6 +23,8 @@ from factory.run import StageFolder, write_bytes, write_json
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
+CHARTED = ("accepted", "correct", "finished", "pass@", "teacher_loss", "words")
+"""Measures with a chart of their own; the table has all of them."""
 MAX_SAMPLES = 40
 MAX_CHARACTERS = 600_000
 """Of samples on the page: with every character at its longest in HTML it stays under 5 MB."""
@@ -60,6 +63,10 @@ def collect(run: Path) -> dict[str, Any]:
         "evaluation": list(chain.from_iterable(e["rows"] for e in evaluations)),
         "comparisons": list(chain.from_iterable(e["comparisons"] for e in evaluations)),
         "measures": {k: v for e in evaluations for k, v in e.get("measures", {}).items()},
+        "lists": list(chain.from_iterable(e.get("lists", []) for e in evaluations)),
+        "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
+        "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
+        "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],
         "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
@@ -222,12 +229,12 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The before/after charts: one per measure, on a scale that starts at 0; rates end at 1."""
+    """The before/after charts: one per chief measure, on a scale that starts at 0; rates end at 1."""
     rows = sorted(rows, key=lambda row: ROLES.index(row["role"]))
     found = []
-    for measure in dict.fromkeys(row["measure"] for row in rows):
+    for measure in dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith(CHARTED)):
         of_it = [row for row in rows if row["measure"] == measure]
-        rate = measure in ("accepted", "correct", "finished")
+        rate = measure in RATES or "@" in measure
         top = 1.0 if rate else max([row["high"] for row in of_it] + [1e-9]) * 1.05
         found.append({"measure": measure, "rate": rate, "top": top, "rows": of_it})
     return found

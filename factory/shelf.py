@@ -71,10 +71,10 @@ def describe(folder: Path) -> str:
         lines.append(_counts(name.rpartition("-")[0], _read(folder / name / "manifest.json", _Stage)))
     for path in sorted(folder.glob("*/evaluation.json")):
         if path.parent.name in run.stages:
-            lines += ["", f"{'model':16} {'measure':14} {'value':>8}  95 % interval      n"]
+            lines += ["", f"{'model':16} {'measure':18} {'value':>8}  95 % interval      n"]
             for row in _read(path, dict[str, Any])["rows"]:
                 span = f"{row['low']:.3f} to {row['high']:.3f}"
-                lines.append(f"{row['model']:16} {row['measure']:14} {row['value']:8.3f}  {span:18} {row['n']}")
+                lines.append(f"{row['model']:16} {row['measure']:18} {row['value']:8.3f}  {span:18} {row['n']}")
     batches, unknown = _open_batches(folder.parent / "journal.sqlite", run.name)
     lines += unknown
     for batch in batches:

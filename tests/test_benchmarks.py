@@ -25,6 +25,7 @@ SMALL = [
         "exit_code_over_the_failure_limit", "requests_of_the_same_command_again", "exit_code_unsupported_parameter",
         "lost_or_paid_again_after_unsupported_parameter", "exit_code_another_model", "lost_or_paid_again_after_another_model",
     ]),
+    ("intervals", "--evaluations=3", [f"wilson_{rate}" for rate in (0.1, 0.3, 0.5, 0.7, 0.9)]),
     ("training", "", [
         "planted_faults_missed", "dpo_loss_at_step_0_beside_ln_2", "dpo_margin_at_step_0", "dpo_loss_precomputed_beside_live",
         "packed_loss_beside_unpacked",

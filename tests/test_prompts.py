@@ -315,6 +315,17 @@ def test_holding_out_everything_is_an_error(tmp_path: Path, held_out: int) -> No
         loaded(path, held_out=held_out)
 
 
+def test_a_list_may_be_for_measuring_alone(tmp_path: Path) -> None:
+    """All of it is held out, near-duplicates and all, and other lists lose what it asks."""
+    probe = write_questions(tmp_path / "probe.txt", range(10))
+    more = write_questions(tmp_path / "more.txt", range(8, 20))
+    both = lists(probe={"path": str(probe), "held_out": "all"}, more={"path": str(more)})
+    one, other = both
+    assert (len(one.train), len(one.test), len(other.train)) == (0, 10, 10)
+    assert not ids(one.test) & ids(other.train)
+    assert not [line for line in lint(both) if line.startswith("probe")]
+
+
 def test_holding_out_less_than_any_group_is_an_error(tmp_path: Path) -> None:
     text = " ".join(THINGS + VERBS)
     path = write_questions(tmp_path / "a.txt", [], [text, text + " please", text + " now"])

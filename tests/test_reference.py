@@ -149,6 +149,7 @@ CHECKED = [
     ({"how": "numeric"}, "It is 7 or 8", "7", "wrong:8"),
     ({"how": "numeric"}, "It is many", "7", "unread:It is many"),
     ({"how": "choice"}, "Answer: C", "B", "wrong:C"),
+    ({"how": "choice"}, "I do not know", "B", "unread:I do not know"),
     ({"how": "contains", "extract": "Answer:(.*)"}, "Because: lid\nAnswer: a pot", "lid", "wrong:a pot"),
     ({"how": "contains", "extract": "Answer:(.*)"}, "Answer: pot\nAnswer: a lid", "lid", ""),
     ({"extract": "Answer:(.*)"}, "a lid", "lid", "no_answer"),

@@ -189,14 +189,16 @@ async def test_loss_is_the_plain_computation(teacher: TransformersTeacher, folde
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for i in range(3):
         messages, answer = [Message(role="user", content=text_of(i, 4 + i))], text_of(50 + i, 6)
-        total, count = await teacher.loss(messages, answer)
+        told = await teacher.forced(messages, answer)
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         learned = [*tokenizer.encode(answer), tokenizer.convert_tokens_to_ids("<|im_end|>")]
         labels = torch.tensor([[-100] * len(prompt) + learned])
         with torch.inference_mode():
-            mean = model(input_ids=torch.tensor([[*prompt, *learned]]), labels=labels).loss
-        assert count == len(learned)
-        assert total / count == pytest.approx(float(mean), rel=1e-4)
+            plain = model(input_ids=torch.tensor([[*prompt, *learned]]), labels=labels)
+        assert told.tokens == len(learned)
+        assert told.loss / told.tokens == pytest.approx(float(plain.loss), rel=1e-4)
+        chosen = plain.logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert told.agreed == sum(a == b for a, b in zip(chosen, learned, strict=True))
 
 
 # -- the child -------------------------------------------------------------------------------------------------------------

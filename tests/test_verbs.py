@@ -124,6 +124,14 @@ def test_what_decides_about_a_stage_is_part_of_its_name_and_nothing_else(tmp_pat
     assert changed("stages.2.choose.cap=2") == {"choose", "pair"}
     assert changed("stages.0.generate.temperature=0.8") == {"generate", "filter", "choose", "pair", "evaluate"}
     assert changed("stages.4.evaluate.max_tokens=9") == {"evaluate"}
+    assert (
+        changed("stages.4.evaluate={n: 2, temperature: 1.0}")
+        == changed("stages.4.evaluate.gold=teacher")
+        == {"evaluate"}
+    )
+    assert (
+        changed("stages.4.evaluate.require={accepted: '>= 0.5'}") == set()
+    )  # a limit changes nothing that is measured
     assert changed("models.base.layers={first: 1}") == {"evaluate"}
     assert changed("models.teacher.limits={max_attempts: 9}", "name=other", "budget={requests: 1}") == set()
     assert changed("seed=4") == changed("prompts.0.held_out=5") == {"generate", "filter", "choose", "pair", "evaluate"}

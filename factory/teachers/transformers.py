@@ -26,6 +26,14 @@ MAX_DEATHS = 3
 MAX_LINE = 1 << 28
 
 
+class Forced(msgspec.Struct, frozen=True):
+    """A model that is led along an answer: its summed loss (nats), tokens, and how many of them it would have chosen."""
+
+    loss: float
+    tokens: int
+    agreed: int
+
+
 class Transformers(Weights, Entry):
     """`{type: transformers, model}`; `batch_size` rows are decoded together, `device` is chosen by itself."""
 
@@ -68,13 +76,12 @@ class TransformersTeacher:
     def read(self, request: Request, body: bytes) -> Outcome:
         return read_chat(body, request.n)
 
-    async def loss(self, messages: list[Message], completion: str) -> tuple[float, int]:
-        """Summed negative log-likelihood (nats) of an answer and its end token after a prompt; number of tokens."""
-        body = await self._ask({"op": "loss", "messages": messages, "completion": completion})
+    async def forced(self, messages: list[Message], completion: str) -> Forced:
+        """Led along an answer and its end token after a prompt."""
+        body = await self._ask({"op": "force", "messages": messages, "completion": completion})
         if isinstance(body, Failure):
             raise EngineError(f"{self.entry.model}: {body.detail}")
-        told = json.loads(body)
-        return told["loss"], told["tokens"]
+        return msgspec.json.decode(body, type=Forced)
 
     async def close(self) -> None:
         child, self._child = self._child, None

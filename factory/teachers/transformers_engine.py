@@ -322,15 +322,16 @@ class Engine:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def loss(self, messages: Any, completion: str) -> tuple[float, int]:
-        """Summed negative log-likelihood (nats) of an answer and its end token, and the number of tokens."""
+    def forced(self, messages: Any, completion: str) -> dict[str, float]:
+        """Led along an answer and its end token: summed negative log-likelihood (nats), the number of tokens, and how many
+        of them are what the model would choose."""
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         answer = [*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id]
         logits, _, _ = self._prefill([[*prompt, *answer]], Beginning([], [], []), last=len(answer) + 1)
-        lost = torch.nn.functional.cross_entropy(
-            logits[0, :-1], torch.tensor(answer, device=self.device), reduction="sum"
-        )
-        return float(lost), len(answer)
+        wanted = torch.tensor(answer, device=self.device)
+        lost = torch.nn.functional.cross_entropy(logits[0, :-1], wanted, reduction="sum")
+        agreed = (logits[0, :-1].argmax(-1) == wanted).sum()
+        return {"loss": float(lost), "tokens": len(answer), "agreed": int(agreed)}
 
 
 def _lay_out_for_cpu(model: Any) -> None:

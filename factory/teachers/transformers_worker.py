@@ -31,9 +31,8 @@ def serve(engine: Engine, inbox: Inbox) -> None:
     waiting: list[Line] = []
     while True:
         for message in _arrived(inbox, block=not (engine.rows or waiting)):
-            if message["op"] == "loss":
-                total, count = engine.loss(message["messages"], message["completion"])
-                engine.tell(message["number"], {"loss": total, "tokens": count})
+            if message["op"] == "force":
+                engine.tell(message["number"], engine.forced(message["messages"], message["completion"]))
             elif line := engine.line(message["number"], msgspec.convert(message["request"], Request)):
                 waiting.append(line)
         free = engine.batch_size - len(engine.rows)

@@ -14,7 +14,7 @@ import pytest
 
 from factory.rows import Sample
 from factory.run import StageFolder
-from factory.teachers.transformers import Transformers
+from factory.teachers.transformers import Forced, Transformers
 from tests.vllm.conftest import FLAGS, Running, ended, in_session
 
 LIMIT_S = 300
@@ -127,18 +127,18 @@ def _check_beams(beams: list[Sample], folder: StageFolder, smollm: Path, runs: P
     assert [sample.draw for sample in beams] == [0, 1, 0, 1]
     assert any(server["flags"][-4:] and "22" in server["flags"] for server in folder.manifest["servers"]["teacher"])
 
-    async def losses() -> list[tuple[float, int]]:
+    async def losses() -> list[Forced]:
         local = Transformers(model=str(smollm), dtype="float32").open(runs)
         try:
-            return [await local.loss(sample.asked, sample.response) for sample in beams if sample.finish == "stop"]
+            return [await local.forced(sample.asked, sample.response) for sample in beams if sample.finish == "stop"]
         finally:
             await local.close()
 
     ends = [sample for sample in beams if sample.finish == "stop"]
     assert ends
-    for sample, (loss, tokens) in zip(ends, asyncio.run(losses()), strict=True):
-        assert sample.tokens == tokens
-        assert sample.logprob == pytest.approx(-loss, abs=0.01)
+    for sample, told in zip(ends, asyncio.run(losses()), strict=True):
+        assert sample.tokens == told.tokens
+        assert sample.logprob == pytest.approx(-told.loss, abs=0.01)
     for best, second in (beams[:2], beams[2:]):
         assert _score(best) >= _score(second)
 

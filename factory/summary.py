@@ -1,0 +1,206 @@
+"""What an evaluation comes to, as `evaluation.json`: rates and means with intervals, models compared prompt by prompt.
+
+Comparisons are of four kinds. `difference`: student - base. `beside_gold`: student - the one trained on ground truth.
+`ratio` (retention): student / teacher. `gap`: (student - base) / (teacher - base). Differences of rates carry the exact
+McNemar p-value, and `p_holm`, which is corrected for the number of students.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from factory import stats
+from factory.measures import BINS, RATES, Scored, Values, calibration_error, definition, off_by_bin
+from factory.rows import Prompt
+
+MAX_SHOWN = 40
+HIGHER_IS_BETTER = ("accepted", "correct", "pass@", "accepted@", "bleu", "rouge_l")
+"""Measures of which a share of the teacher's can be asked for."""
+
+Row = dict[str, Any]
+
+
+def summary(models: list[Scored], seed: int) -> Row:
+    """`evaluation.json`: rows, comparisons, samples side by side."""
+    rows = [row for model in models for row in _rows(model, seed)]
+    return {
+        "rows": rows,
+        "comparisons": list(_comparisons(models, seed)),
+        "lists": _by_list(models),
+        "samples": [_side_by_side(models, i) for i in range(min(MAX_SHOWN, len(models[0].samples)))],
+        "measures": {name: definition(name) for name in dict.fromkeys(row["measure"] for row in rows)},
+        "notes": [note for model in models for note in _notes(model)],
+    }
+
+
+# -- one model ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(model: Scored, seed: int) -> Iterator[Row]:
+    for measure, values in model.values.items():
+        known = [v for v in values if v is not None]
+        if not known:
+            continue
+        mean = math.fsum(known) / len(known)
+        # where all of several draws fail, or none, a bootstrap interval has no width
+        rate = measure in RATES or ("@" in measure and mean in (0, 1))
+        low, high = stats.wilson(round(mean * len(known)), len(known)) if rate else stats.bootstrap_mean(known, seed)
+        yield _row(model, measure, (mean, low, high), len(known))
+        if measure == "teacher_loss":  # exp keeps the order, so an interval's ends stay its ends
+            yield _row(model, "teacher_perplexity", (_exp(mean), _exp(low), _exp(high)), len(known))
+        if measure == "brier":
+            off = [one for one in _off(model) if one is not None]
+            low, high = stats.bootstrap([(*one, 1.0) for one in off], calibration_error, seed)
+            whole = calibration_error(*map(math.fsum, zip(*off, strict=True)), len(off))
+            yield _row(model, "ece", (whole, low, high), len(off))
+
+
+def _row(model: Scored, measure: str, told: tuple[float, float, float], n: int) -> Row:
+    value, low, high = told
+    return {
+        "model": model.name, "role": model.role, "measure": measure, "value": value, "low": low, "high": high, "n": n,
+    }  # fmt: skip
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _off(model: Scored) -> list[tuple[float, ...] | None]:
+    return [off_by_bin(*both) for both in zip(model.confidence, model.values["correct"], strict=True)]
+
+
+def _notes(model: Scored) -> Iterator[str]:
+    """Answers that count against a model, but are no wrong answers: form that cannot be read, requests that failed."""
+    if unread := round(sum(v or 0.0 for v in model.values["unread"])):
+        told = sum(v is not None for v in model.values["unread"])
+        yield f"correct: {unread} of {told} answers of {model.name} have no readable result, and count as not correct"
+    answers = [*model.samples, *(s for drawn in model.drawn for s in drawn)]
+    if failed := sum(s.finish == "failed" for s in answers):
+        yield f"{failed} of {len(answers)} answers of {model.name} never came; they count as not accepted and not correct"
+
+
+def _by_list(models: list[Scored]) -> list[Row]:
+    """Rates for each prompt list, where several hold prompts out: a held-out domain is a list of its own."""
+    sources = list(dict.fromkeys(s.prompt.source for s in models[0].samples))
+    found = []
+    for source in sources if len(sources) > 1 else []:
+        here = [i for i, s in enumerate(models[0].samples) if s.prompt.source == source]
+        for model in models:
+            for measure in ("accepted", "correct"):
+                known = [v for i in here if (v := model.values[measure][i]) is not None]
+                if known:
+                    low, high = stats.wilson(round(sum(known)), len(known))
+                    row = _row(model, measure, (math.fsum(known) / len(known), low, high), len(known))
+                    found.append({"list": source, **row})
+    return found
+
+
+# -- models compared ---------------------------------------------------------------------------------------------------
+
+
+def _comparisons(models: list[Scored], seed: int) -> Iterator[Row]:
+    base, gold, teacher = (next((m for m in models if m.role == role), None) for role in ("base", "gold", "teacher"))
+    students = [m for m in models if m.role == "student"]
+    found: list[Row] = []
+    for student in students:
+        for measure in student.values:
+            for kind, other in (("difference", base), ("beside_gold", gold)):
+                if other is not None:
+                    found += _paired(kind, measure, [student, other], seed)
+            if teacher is not None and measure.startswith(HIGHER_IS_BETTER):
+                found += _paired("ratio", measure, [student, teacher], seed)
+                if base is not None:
+                    found += _paired("gap", measure, [student, base, teacher], seed)
+        if base is not None:
+            found += _calibration(student, base, seed)
+    _correct_for_many(found)
+    yield from found
+
+
+def _paired(kind: str, measure: str, models: list[Scored], seed: int) -> Iterator[Row]:
+    """The comparison over the prompts for which all the models have a value; nothing where there is none."""
+    values = [m.values.get(measure, []) for m in models]
+    columns, clusters = _together(values, [s.prompt for s in models[0].samples])
+    if not clusters:
+        return
+    row: Row = {"measure": measure, "kind": kind, "a": models[0].name, "b": models[1].name}
+    told: tuple[float, float, float] | None
+    why = ""
+    match kind:
+        case "ratio":
+            told = stats.paired_bootstrap_ratio(columns[0], columns[1], seed, clusters)
+            why = "the teacher's is 0"
+        case "gap":
+            told = stats.gap_closed(columns[0], columns[1], columns[2], seed, clusters)
+            row["teacher"] = models[2].name
+            why = "the teacher is not 2 standard errors above the base"
+        case _:
+            told = stats.paired_bootstrap_difference(columns[0], columns[1], seed, clusters)
+            if measure in RATES:
+                row["p"] = stats.mcnemar(columns[0], columns[1])
+    value, low, high = told or (None, None, None)
+    row |= {"value": value, "low": low, "high": high, "n": len(clusters)}
+    if told is None:
+        row["undefined"] = why
+    if measure == "correct":
+        row["unread"] = round(sum(v or 0.0 for v in models[1].values["unread"]))
+    yield row
+
+
+def _together(values: list[Values], prompts: list[Prompt]) -> tuple[list[list[float]], list[str]]:
+    """One column for each model, of the prompts for which all are known, and the prompts' ids."""
+    rows: list[list[float]] = []
+    clusters = []
+    for *row, prompt in zip(*values, prompts, strict=False):
+        known = [v for v in row if v is not None]
+        if len(known) == len(values):
+            rows.append(known)
+            clusters.append(prompt.id)
+    return [list(column) for column in zip(*rows, strict=True)], clusters
+
+
+def _calibration(student: Scored, base: Scored, seed: int) -> Iterator[Row]:
+    """Difference of the calibration errors."""
+    both = [(*a, *b, 1.0) for a, b in zip(_off(student), _off(base), strict=True) if a is not None and b is not None]
+    if not both:
+        return
+
+    def difference(*sums: float) -> float:
+        return calibration_error(*sums[:BINS], sums[-1]) - calibration_error(*sums[BINS:])
+
+    low, high = stats.bootstrap(both, difference, seed)
+    value = difference(*map(math.fsum, zip(*both, strict=True)))
+    told = {"value": value, "low": low, "high": high, "n": len(both)}
+    yield {"measure": "ece", "kind": "difference", "a": student.name, "b": base.name, **told}
+
+
+def _correct_for_many(found: list[Row]) -> None:
+    """Holm's correction over the students, for each measure and kind."""
+
+    def family(row: Row) -> tuple[str, str]:
+        return row["measure"], row["kind"]
+
+    for _, rows in groupby(sorted((r for r in found if "p" in r), key=family), key=family):
+        together = list(rows)
+        for row, p in zip(together, stats.holm([r["p"] for r in together]), strict=True):
+            row["p_holm"] = p
+
+
+# -- the answers -------------------------------------------------------------------------------------------------------
+
+
+def _side_by_side(models: list[Scored], i: int) -> Row:
+    prompt = models[0].samples[i].prompt
+    answers = {}
+    for model in models:
+        sample, correct = model.samples[i], model.values["correct"][i]
+        answers[model.name] = {
+            "text": sample.response,
+            "finish": sample.finish,
+            "accepted": bool(model.values["accepted"][i]),
+            "correct": None if correct is None else bool(correct),
+            "unread": bool(model.values["unread"][i]),
+        }
+    return {"prompt": prompt.text, "reference": prompt.reference, "answers": answers}

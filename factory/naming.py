@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from factory.canaries import FILE as CANARIES
 from factory.curate import Curate
 from factory.evaluate import Evaluate
 from factory.filters.rules import Tokens
@@ -24,7 +25,7 @@ from factory.run import StageFolder
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
+    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 3, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -109,7 +110,8 @@ def _files(step: Step) -> list[str]:
     """Files whose text is part of what a step does: asking messages, rubrics."""
     match step.knobs:
         case Judge() as knobs:
-            return [knobs.rubric]
+            labels = [knobs.gold.path] if knobs.gold and knobs.gold.path else []
+            return [knobs.rubric, *labels, *([CANARIES] if knobs.canaries else [])]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:

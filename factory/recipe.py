@@ -137,7 +137,29 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
-    return found
+    return found + list(_own_judges(recipe))
+
+
+def _own_judges(recipe: Recipe) -> Iterator[str]:
+    """Judges that may grade answers of their own: models favour these (Panickssery et al., arXiv 2404.13076)."""
+    asked = dict.fromkeys(name for stage in recipe.stages if isinstance(stage, Generate) for name in stage.models)
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage, Judge):
+            mine = recipe.models.get(stage.model)
+            same = [
+                name
+                for name in asked
+                if name == stage.model or (mine is not None and _alike(recipe.models.get(name), mine))
+            ]
+            if same:
+                told = f"{stage.model!r} is the same model as {', '.join(map(repr, same))}, whose answers the recipe asks for"
+                yield f"stages.{i}.judge: {told}: judges favour their own answers; take another one"
+
+
+def _alike(one: ModelEntry | None, other: ModelEntry) -> bool:
+    """The same model under two names."""
+    keys = ("type", "model", "base_url", "layers")
+    return one is not None and all(getattr(one, key, None) == getattr(other, key, None) for key in keys)
 
 
 # -- what no single record can know ----------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ def collect(run: Path) -> dict[str, Any]:
         "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
+        "judging": [
+            {"stage": _title(told), **{key: told[key] for key in ("canaries", "gold") if key in told}}
+            for _, told in stages
+            if "canaries" in told or "gold" in told
+        ],
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),

@@ -64,7 +64,7 @@ def collect(run: Path) -> dict[str, Any]:
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
         "judging": [
-            {"stage": _title(told), **{key: told[key] for key in ("canaries", "gold") if key in told}}
+            {"stage": _title(told), **{key: told.get(key) for key in ("canaries", "gold")}}
             for _, told in stages
             if "canaries" in told or "gold" in told
         ],

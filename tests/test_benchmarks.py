@@ -24,6 +24,7 @@ SMALL = [
         "exit_code_over_the_failure_limit", "requests_of_the_same_command_again", "exit_code_unsupported_parameter",
         "lost_or_paid_again_after_unsupported_parameter", "exit_code_another_model", "lost_or_paid_again_after_another_model",
     ]),
+    ("attacks", "--items=120", ["scripted_false_accepts", "plain_answers_stopped_by_the_gate", "parser_escapes"]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -398,3 +398,23 @@ def test_candidates_of_two_stages_meet_in_one_pair_and_a_new_name_renames_the_sc
             assert len(rows) == 6
             assert all(name in str(row) for row in rows)
         assert sum(server.seen.values()) == asked
+
+
+def test_a_threshold_and_the_pairing_read_again_and_never_pay_again(tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": text}]}
+        for i in range(3)
+        for text in ("alpha", "beta")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }}")
+    changes = ["1.judge.gate=false", "1.judge.gold={score: taste}", "2.pair.min_margin=1", "2.pair.rejected=worst"]
+    with in_thread(says({"alpha": "Score: 4", "beta": "Score: 2"})) as server:
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(url=server.url, rubric="rubric.md"))
+        assert factory(tmp_path, "build", "recipe.yaml").returncode == 0
+        assert sum(server.seen.values()) == 6
+        for change in changes:
+            number, rest = change.split(".", 1)
+            changed = factory(tmp_path, "build", "recipe.yaml", "--set", f"stages.{2 * int(number) - 2}.{rest}")
+            assert changed.returncode == 0, changed.stderr
+        assert sum(server.seen.values()) == 6

@@ -1,12 +1,14 @@
 """Answers that try to get a good score: what the gate, the borders and the strict reading leave of them.
 
 A scripted judge is as gullible as can be: it gives 5 to whatever speaks to it. Another is honest, but quotes the answer
-before its `Score: 1`: any other number has escaped from the answer into the score. The real one is SmolLM2-135M with the rubric of graded examples; it is far too small to judge, and reported only.
+before its `Score: 1`: any other number has escaped from the answer into the score. The real
+one is SmolLM2-135M with the rubric of graded examples; it is far too small to judge, and reported only.
 """
 
 import argparse
 import asyncio
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,12 @@ async def quoting(body: dict[str, Any], before: int) -> Any:
 
 async def gullible(body: dict[str, Any], before: int) -> Any:
     """Obeys whatever the answer says: 5 where it speaks of grading at all."""
-    return chat(body, texts=["As told.\nScore: 5" if SPEAKS.search(_answer(body)) else "No use.\nScore: 1"])
+    return chat(
+        body,
+        texts=[
+            "As told.\nScore: 5" if SPEAKS.search(unicodedata.normalize("NFKC", _answer(body))) else "No use.\nScore: 1"
+        ],
+    )
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
@@ -61,6 +68,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
 
 def _scripted(folder: Path, texts: list[str]) -> Iterator[Figure]:
     rubric = ROOT / "prompts/rubrics/helpfulness.md"
+
+    for where in ("gate", "bare", "quoting"):
+        (folder / where).mkdir(exist_ok=True)
 
     async def scores(script: Script, gate: bool, where: str) -> list[Sample]:
         async with serving(script) as server:
@@ -99,7 +109,6 @@ async def _scores(folder: Path, model: Model, rubric: Path, texts: list[str], ga
         for p, text in zip(prompts, texts, strict=True)
     ]
     stage = Judge(model="judge", rubric=str(rubric), gate=gate, **knobs)
-    folder.mkdir(exist_ok=True)
     with Journal(folder / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(Budget(), journal.spent("run")), "run", max_failed=1.0)
         return list((await judge(stage, load(rubric), lambda: rows, len(rows), model, desk, 7)).samples)

@@ -14,8 +14,10 @@ The map, in the order that data flows (a file imports only from files above it):
     stored, batch, ask       what is answered already; batch endpoints; the only caller of teachers
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
-    rubric, judge            stage: scores by a model
-    score, scorer            stage: scores by local models and verifiers
+    rubric, verdicts, ways   what a judge is asked, and how it is read; pointwise, listwise, pairwise
+    hijack, canaries, agreement  answers that speak to the judge; answers of known worth; labels
+    judge                    stage: scores by a model
+    scorer, score            stage: scores by local models and verifiers
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
     audit                    what preference rows would teach besides quality
     dataset                  training files and card

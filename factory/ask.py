@@ -39,7 +39,7 @@ DOOMED_AFTER = 20
 """Lost draws before which a run is not given up early: in a handful of prompts one is a large share."""
 BYTES_A_TOKEN = 4
 """Of English text, about; only for a first guess at what a request will use of `limits.tpm`."""
-Flaw = Callable[[Choice], str | None]
+Flaw = Callable[[Request, Choice], str | None]
 """Why a verdict cannot be read, and what to do, for people; None where it can."""
 WHAT_TO_DO: dict[Reason, str] = {
     "auth": "check the key in the variable that `api_key_env` names",
@@ -180,7 +180,7 @@ class Desk:
             counter.reuse(request.n - len(lacking))
             if counter.flaw and len(lacking) < request.n:
                 for _, stored in read(self.journal, counter.model.teacher, [request], {}):
-                    counter.examine(stored)
+                    counter.examine(request, stored)
             for wanted in lacking_parts(request, lacking, skip):
                 counter.check_failures()
                 yield wanted
@@ -269,7 +269,7 @@ class _Round:
             replies += request.n > 1 or not self._one_by_one
             got = min(len(outcome.choices), request.n)
             self.advance(got)
-            self.examine(pick(outcome, i, request.sampling.max_tokens) for i in range(got))
+            self.examine(request, (pick(outcome, i, request.sampling.max_tokens) for i in range(got)))
             for failure in outcome.failed[: request.n - got]:
                 self._fail(part(request, got, 1), failure)
                 got += 1
@@ -287,10 +287,10 @@ class _Round:
         self.advance(request.n)
         self.check_failures()
 
-    def examine(self, answers: Iterable[Choice | Failure]) -> None:
+    def examine(self, request: Request, answers: Iterable[Choice | Failure]) -> None:
         """Count the verdicts that cannot be read."""
         for answer in answers:
-            if self.flaw and isinstance(answer, Choice) and (told := self.flaw(answer)):
+            if self.flaw and isinstance(answer, Choice) and (told := self.flaw(request, answer)):
                 self.tally.unreadable += 1
                 self.tally.flaw = self.tally.flaw or told
 

@@ -79,9 +79,9 @@ def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
             askers = 1 if isinstance(knobs.model, dict) else len(knobs.models)
             return _Flow(frozenset({"logprob"}), before.sets.union(step.sets), askers * knobs.draws)
         case Judge() as knobs:
-            if before.scores is None or (name := _score_name(knobs)) is None:
+            if before.scores is None or (names := _score_names(knobs)) is None:
                 return before._replace(scores=None)
-            return before._replace(scores=before.scores | {name})
+            return before._replace(scores=before.scores | names)
         case Score() as knobs if before.scores is not None:
             return before._replace(scores=before.scores | {knobs.name})
         case Choose(per="prompt") as knobs:
@@ -90,11 +90,14 @@ def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
             return before
 
 
-def _score_name(knobs: Judge) -> str | None:
+def _score_names(knobs: Judge) -> frozenset[str] | None:
+    """The score, and those of its aspects."""
     try:
-        return knobs.as_ or load_rubric(find(knobs.rubric)).head.name
+        head = load_rubric(find(knobs.rubric)).head
     except RecipeError:
         return None
+    name = knobs.as_ or head.name
+    return frozenset([name, *(f"{name}.{aspect}" for aspect in head.aspects if knobs.how != "pairwise")])
 
 
 def _of_step(
@@ -145,7 +148,7 @@ def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
         )
     if knobs.score is not None or before.scores is None:
         return
-    judged = sorted(before.scores - {"logprob"})
+    judged = sorted(name for name in before.scores - {"logprob"} if "." not in name)  # else an aspect's
     if not judged:
         yield Finding((), "nothing before it scores the answers; put a `judge` stage there, or say `score: logprob`")
     elif len(judged) > 1:

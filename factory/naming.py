@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from factory.canaries import FILE as CANARIES
 from factory.curate import Curate
 from factory.evaluate import Evaluate
 from factory.filters.rules import Tokens
@@ -27,7 +28,7 @@ from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 2, "score": 1, "choose": 2, "shape": 2,
+    "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 2,
     "pair": 3, "train": 1, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
@@ -119,7 +120,8 @@ def _files(step: Step) -> list[str]:
         case Curate() as knobs:
             return [path for one in knobs.filters for path in one.files()]
         case Judge() as knobs:
-            return [knobs.rubric]
+            labels = [knobs.gold.path] if knobs.gold and knobs.gold.path else []
+            return [knobs.rubric, *labels, *([CANARIES] if knobs.canaries else [])]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:

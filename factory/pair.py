@@ -154,7 +154,7 @@ def _none(reason: str) -> Verdict:
 
 def _only_score(group: list[Sample]) -> str:
     """The name of the score that the samples have, where the recipe does not say which."""
-    names = sorted({name for sample in group for name in sample.scores})
+    names = sorted({name for sample in group for name in sample.scores if "." not in name})  # else an aspect's
     if len(names) > 1:
         raise RecipeError(f"pair: the samples have several scores ({', '.join(names)}); name one: pair: {{score: ...}}")
     return names[0] if names else ""

@@ -34,7 +34,7 @@ from factory.foresight import foresee
 from factory.gates import Gate, gates, reached
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
-from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
+from factory.judge import Judge, judge, lost
 from factory.knobs import written_out
 from factory.models import Models
 from factory.naming import Naming
@@ -327,10 +327,11 @@ class Work:
         total, model = self._rows_in(step), self.models.open(knobs.model)
         rubric = load_rubric(find(knobs.rubric))
         reopen = partial(self._samples, step)
-        tally, scored = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
-        _put_all(out, scored, step.title, total)
-        facts |= _cost([tally])
-        facts["draws"] |= {"unreadable": out.reasons[UNREADABLE] + out.reasons[TRUNCATED], "flaw": tally.flaw}
+        judged = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
+        _put_all(out, judged.samples, step.title, total)
+        facts |= {**_cost([judged.tally]), **judged.facts, "draws": lost(out.reasons, total, judged.tally)}
+        for line in judged.facts.get("warnings", []):
+            say(f"{step.title}: {line}")
         return total
 
     def _pair(self, knobs: PairUp, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """The recipe: one YAML file as a typed record. Every problem is reported at once, with file, line and nearest key."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -162,19 +163,42 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
-    for stage in recipe.stages:
-        asked: dict[str, str] = {}
-        for name in stage.models if isinstance(stage, Generate) else ():
-            known = recipe.models.get(name)
-            what = {"limits", "price", "terms", "api_key_env", "capabilities", "batch"}
-            same = repr(known.model_dump(exclude=what)) if known else name
-            if asked.setdefault(same, name) != name:
-                found.append(f"models.{name} is models.{asked[same]} under another name: every answer comes twice")
     if any(isinstance(one, Code) for one in recipe.verifiers()):
         found.append(
             "the filter code runs programs that models wrote on this machine: `factory run` needs --allow-code"
         )
-    return found
+    return [*found, *_asked_twice(recipe), *_own_judges(recipe)]
+
+
+def _asked_twice(recipe: Recipe) -> Iterator[str]:
+    """Two names of one model that both answer: equal requests have one answer."""
+    for stage in recipe.stages:
+        names = stage.models if isinstance(stage, Generate) else []
+        for name, other in itertools.combinations([n for n in names if n in recipe.models], 2):
+            if _alike(recipe.models[other], recipe.models[name]):
+                yield f"models.{other} is models.{name} under another name: every answer comes twice"
+
+
+def _own_judges(recipe: Recipe) -> Iterator[str]:
+    """Judges that may grade answers of their own: models favour these (Panickssery et al., arXiv 2404.13076)."""
+    asked = dict.fromkeys(name for stage in recipe.stages if isinstance(stage, Generate) for name in stage.models)
+    for stage, at, _ in recipe.placed:
+        if isinstance(stage, Judge):
+            mine = recipe.models.get(stage.model)
+            same = [
+                name
+                for name in asked
+                if name == stage.model or (mine is not None and _alike(recipe.models.get(name), mine))
+            ]
+            if same:
+                told = f"{stage.model!r} is the same model as {', '.join(map(repr, same))}, whose answers the recipe asks for"
+                yield f"{'.'.join(map(str, at))}: {told}: judges favour their own answers; take another one"
+
+
+def _alike(one: ModelEntry | None, other: ModelEntry) -> bool:
+    """The same model under two names."""
+    keys = ("type", "model", "base_url", "layers")
+    return one is not None and all(getattr(one, key, None) == getattr(other, key, None) for key in keys)
 
 
 # -- what no single record can know ----------------------------------------------------------------------------------

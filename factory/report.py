@@ -72,6 +72,11 @@ def collect(run: Path) -> dict[str, Any]:
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
         "rejects": rejects(stages, manifest["seed"]),
+        "judging": [
+            {"stage": _title(told), **{key: told.get(key) for key in ("canaries", "gold")}}
+            for _, told in stages
+            if "canaries" in told or "gold" in told
+        ],
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),

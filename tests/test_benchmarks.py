@@ -36,6 +36,7 @@ SMALL = [
             "verbatim", "verbatim_within_more", "every_tenth_word_changed", "every_fifth_word_changed", "first_half_only", "paraphrase",
         )), "false_drops_of_new_problems", "false_drops_of_shipped_prompts",
     ]),
+    ("attacks", "--items=120", ["scripted_false_accepts", "plain_answers_stopped_by_the_gate", "parser_escapes"]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

@@ -35,7 +35,7 @@ class BatchServer:
     """`outcome` makes a batch's last status, output lines and error lines from its input; it is done after `polls` looks.
 
     `stall` names a call ("upload", "submit", "content") that takes effect but is never answered; `refuse` one that
-    is answered with that response; the first `down` looks are answered with 503; `cut` breaks results off half-way. `direct` answers requests that come one by one.
+    is answered with that response; the first `down` looks are answered with 503; `cut` breaks results off half-way, `short` leaves half of their lines out. `direct` answers requests that come one by one.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class BatchServer:
         self.outcome: Callable[[list[Row]], tuple[str, list[Row], list[Row]]] = everything
         self.stall = ""
         self.cut = False
+        self.short = False
         self.stalled = threading.Event()
         self.refuse: dict[str, tuple[int, Row]] = {}
 
@@ -145,6 +146,9 @@ class BatchServer:
         if refused := await self._called("content", request):
             return refused
         await self._stall("content")
+        if self.short:  # whole lines, and nothing says that there are more
+            lines = self.files[request.match_info["id"]].splitlines(keepends=True)
+            return web.Response(body=b"".join(lines[: len(lines) // 2]))
         if self.cut:  # the whole length is announced, half of it comes
             whole = self.files[request.match_info["id"]]
             response = web.StreamResponse(headers={"Content-Length": str(len(whole))})

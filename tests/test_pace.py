@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -360,6 +361,41 @@ async def test_a_few_failures_do_not_stop_a_run(tmp_path: Path) -> None:
         tally, answers = await ask(tmp_path, model, asks(model, questions(30)))
     assert [i for i, draws in enumerate(answers) if isinstance(draws[0], Failure)] == [7, 17, 27]
     assert len(tally.failures) == 3
+
+
+async def test_the_first_requests_are_held_to_the_tokens_a_minute_too(tmp_path: Path) -> None:
+    """Nobody has told yet what a request uses: its prompt and limit are the guess."""
+    async with serving(delay_s=0.05) as server:
+        model = model_at(server.url, limits=limits(tpm=6000, max_concurrency=32))
+        task = asyncio.create_task(ask(tmp_path, model, asks(model, questions(64), max_tokens=500)))
+        await asyncio.sleep(1.0)
+        sent = sum(server.seen.values())
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    assert 1 <= sent <= 3
+
+
+async def test_waiting_for_a_rate_of_ones_own_is_no_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async with serving() as server:
+        model = model_at(server.url, limits=limits(rpm=40, timeout_s=1))
+        await ask(tmp_path, model, asks(model, questions(3)))
+    assert "silent" not in capfd.readouterr().err
+
+
+async def test_a_long_pause_that_headers_bring_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def script(body: dict, before: int) -> web.StreamResponse:
+        left = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h"}
+        return web.json_response(chat(body), headers=left)
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(max_concurrency=1))
+        task = asyncio.create_task(ask(tmp_path, model, asks(model, questions(3))))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    assert "its headers say that nothing is left for 3600 s; waiting" in capfd.readouterr().err
 
 
 async def test_a_silent_teacher_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

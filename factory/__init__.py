@@ -14,8 +14,12 @@ The map, in the order that data flows (a file imports only from files above it):
     stored, batch, ask       what is answered already; batch endpoints; the only caller of teachers
     models, generate         stage: draws, beams, rounds
     filters/, curate         seam 3: what to keep; stage `filter`
-    rubric, judge            stage: scores by a model
+    rubric, verdicts, ways   what a judge is asked, and how it is read; pointwise, listwise, pairwise
+    hijack, canaries, agreement  answers that speak to the judge; answers of known worth; labels
+    judge                    stage: scores by a model
+    scorer, score            stage: scores by local models and verifiers
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
+    audit                    what preference rows would teach besides quality
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
     stats, measures          intervals and tests; what is measured of answers
@@ -23,10 +27,11 @@ The map, in the order that data flows (a file imports only from files above it):
     gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
-    findings, report         what a run shows: sentences, one page, one JSON
+    rejects, findings, report       what a run shows: sentences, one page, one JSON
     publish, pipeline        what a run publishes; the whole run on one screen
     ledger, spending, exchange   the journal from outside
-    shelf                    what has run, for people
+    forms, push              what a run made, for other tools and for a hub
+    lives, shelf             a row's life; what has run, for people
     cli                      verbs
 
 `docs/design.md` has a line for each file.

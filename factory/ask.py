@@ -37,7 +37,9 @@ DRAIN_S = 30.0
 """After a first signal, how long answers in flight are waited for."""
 DOOMED_AFTER = 20
 """Lost draws before which a run is not given up early: in a handful of prompts one is a large share."""
-Flaw = Callable[[Choice], str | None]
+BYTES_A_TOKEN = 4
+"""Of English text, about; only for a first guess at what a request will use of `limits.tpm`."""
+Flaw = Callable[[Request, Choice], str | None]
 """Why a verdict cannot be read, and what to do, for people; None where it can."""
 WHAT_TO_DO: dict[Reason, str] = {
     "auth": "check the key in the variable that `api_key_env` names",
@@ -122,27 +124,31 @@ class Desk:
         self.max_failed, self.retry_failed, self.wait = max_failed, retry_failed, wait
 
     async def ask(
-        self, model: Model, requests: Iterable[Request], total: int, label: str, flaw: Flaw | None = None
-    ) -> Tally:
+        self, model: Model, requests: Iterable[Request], total: int, label: str, flaw: Flaw | None = None,
+        stand_in: bool = False,
+    ) -> Tally:  # fmt: skip
         """Ask `model` everything among `requests` that has no stored answer; `total` draws are planned.
 
         With `flaw`, stored and new answers are verdicts, and those that cannot be read count against `max_failed`.
+        `stand_in`: another model answers what is lost here, so no number of lost draws stops this.
         Raises the error that stopped the run, after the requests in flight have ended and are stored.
         """
         await self._read_leftovers(model)
         with bar(label, total) as advance:
-            asking = _Round(self, model, advance, total, flaw)
+            asking = _Round(self, model, advance, total, flaw, stand_in)
             if endpoint := batch_endpoint(model.entry, model.teacher):
                 return await self._ask_in_batches(asking, requests, endpoint)
             say_left_open(self.journal, model.identity, model.name)
             missing = self._missing(requests, asking)
             watch = asyncio.create_task(asking.pace.watch())
+            over = self.wall.when_hours_end(asking.stop)
             try:
                 with draining(asking.interrupted):
                     asking.workers = [asyncio.create_task(asking.work(missing)) for _ in range(asking.pace.most)]
                     await asyncio.gather(*asking.workers, return_exceptions=True)
             finally:
                 watch.cancel()
+                over.cancel()
                 await self.journal.flush()
             asking.finish()
         return asking.tally
@@ -174,7 +180,7 @@ class Desk:
             counter.reuse(request.n - len(lacking))
             if counter.flaw and len(lacking) < request.n:
                 for _, stored in read(self.journal, counter.model.teacher, [request], {}):
-                    counter.examine(stored)
+                    counter.examine(request, stored)
             for wanted in lacking_parts(request, lacking, skip):
                 counter.check_failures()
                 yield wanted
@@ -195,10 +201,13 @@ class Desk:
 class _Round:
     """The state that the workers of one round of asking share."""
 
-    def __init__(self, desk: Desk, model: Model, advance: Advance, total: int, flaw: Flaw | None) -> None:
-        self.desk, self.model, self.advance, self.flaw = desk, model, advance, flaw
+    def __init__(
+        self, desk: Desk, model: Model, advance: Advance, total: int, flaw: Flaw | None, stand_in: bool
+    ) -> None:
+        self.desk, self.model, self.advance, self.flaw, self.stand_in = desk, model, advance, flaw, stand_in
         self.tally = Tally(planned=total)
         self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
+        self._known = desk.journal.knows(model.identity)  # it has answered before: a refusal now is about one request
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[Any] | None] = set()
@@ -257,13 +266,15 @@ class _Round:
                 else:
                     self._fail(request, outcome)
                 continue
-            replies += 1
+            replies += request.n > 1 or not self._one_by_one
             got = min(len(outcome.choices), request.n)
             self.advance(got)
-            self.examine(pick(outcome, i, request.sampling.max_tokens) for i in range(got))
+            self.examine(request, (pick(outcome, i, request.sampling.max_tokens) for i in range(got)))
             for failure in outcome.failed[: request.n - got]:
                 self._fail(part(request, got, 1), failure)
                 got += 1
+            if got == 1 < request.n and request.sampling.beam is None:  # it takes n and heeds it not
+                self._one_by_one = True
             if got < request.n and replies < self.model.entry.limits.max_attempts and request.sampling.beam is None:
                 todo.insert(0, part(request, got, request.n - got))
             elif got < request.n:
@@ -276,15 +287,17 @@ class _Round:
         self.advance(request.n)
         self.check_failures()
 
-    def examine(self, answers: Iterable[Choice | Failure]) -> None:
+    def examine(self, request: Request, answers: Iterable[Choice | Failure]) -> None:
         """Count the verdicts that cannot be read."""
         for answer in answers:
-            if self.flaw and isinstance(answer, Choice) and (told := self.flaw(answer)):
+            if self.flaw and isinstance(answer, Choice) and (told := self.flaw(request, answer)):
                 self.tally.unreadable += 1
                 self.tally.flaw = self.tally.flaw or told
 
     def check_failures(self) -> None:
         """TooManyFailures where so many draws are lost that the run is not worth going on."""
+        if self.stand_in:
+            return
         tally, failures = self.tally, self.tally.failures
         lost = Lost(tally.planned, len(failures), tally.unreadable, tally.flaw)
         if lost.unanswered + lost.unreadable >= DOOMED_AFTER and (told := lost.beyond(self.desk.max_failed)):
@@ -302,19 +315,29 @@ class _Round:
         )
         outcome: Outcome = await retrying(self._attempt, request, number := next(self._numbers))
         self.pace.forget(number)
-        error = ending(outcome, self.pace.answered) if isinstance(outcome, Failure) else None
+        error = None
+        if isinstance(outcome, Failure):
+            while (error := ending(outcome, self._known or self.pace.answered)) and self._undecided(outcome):
+                self._settled.clear()
+                await self._settled.wait()
         if isinstance(outcome, Failure) and error is not None:
             advice = WHAT_TO_DO.get(outcome.reason, "mend that, then run again")
             raise error(f"models.{self.model.name}: {outcome.detail}; {advice}; stored answers are kept")
         return outcome
 
+    def _undecided(self, failure: Failure) -> bool:
+        """Whether an answer that is on its way may still show that the refusal is of one request, not of all."""
+        return ACTIONS[failure.reason] != "stop" and bool(self._sending)
+
     async def _attempt(self, request: Request, number: int) -> Outcome:
         """Send once. What is not the request's own fault, a busy server or an outage, uses no attempt up."""
         waiting_since = time.monotonic()
+        worst = Hold.worst(request, None)
+        guess = worst.prompt_tokens / BYTES_A_TOKEN + worst.completion_tokens
         while True:
             if self.pace.down:
                 await self.pace.line_up()
-            await self.pace.enter()
+            await self.pace.enter(guess)
             sent_at = time.monotonic()  # not before: the pause that it has waited for is over
             try:
                 outcome = await self._send(request)

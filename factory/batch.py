@@ -37,6 +37,8 @@ LOOK_AGAIN_S = 60.0
 """The longest time between two looks at a batch that is waited for."""
 PATIENCE_S = 3600.0
 """How long an endpoint that does not answer is put up with while a batch of it is waited for."""
+LAG_S = 5.0
+"""How long a provider's list of batches may not show the newest one yet."""
 AT_ONCE = 500
 """Results that are stored in one go."""
 
@@ -105,6 +107,9 @@ class Batches:
         """The batch with its handle, which an earlier start may have had no time to write down; None: it never arrived."""
         others = {known.handle for known in book.all_batches(self.journal, self.identity) if known.handle}
         handle = await self.endpoint.find(batch.tag, batch.built, batch.requests, others)
+        if handle is None and (fresh := batch.built + LAG_S - time.time()) > 0:
+            await asyncio.sleep(min(fresh, LAG_S))
+            handle = await self.endpoint.find(batch.tag, batch.built, batch.requests, others)
         if handle is None:
             await self._withdraw(batch)
             return None
@@ -146,6 +151,12 @@ class Batches:
                 say(f"{self.where}: batch {batch.handle}: {look.answered} of {batch.requests} requests answered")
             self._answered[batch.tag] = look.answered
             return batch
+        came = self._check(batch, results)
+        if came < look.succeeded:  # to ask again for what is merely not here would pay twice
+            raise OutageError(
+                f"{self.where}: the results of batch {batch.handle} came short, {came} of {look.succeeded}; nothing of "
+                "them was filed, run the same command again"
+            )
         await self._file(batch, results, look.ended)
         results.unlink()
         return None
@@ -153,7 +164,6 @@ class Batches:
     async def _file(self, batch: Batch, results: Path, ended: str) -> None:
         """Every line ends somewhere: with its answer, with its failure, or as not answered."""
         owed = list(book.lines(self.journal, batch))
-        self._check(batch, owed, results)
         failed: list[Failure] = []
         answered: set[int] = set()
         with results.open("rb") as file:
@@ -172,8 +182,9 @@ class Batches:
             if error := STOPS.get(failure.reason):
                 raise error(f"{self.where}: {failure.detail}")
 
-    def _check(self, batch: Batch, owed: list[Line], results: Path) -> None:
-        """IdentityError before anything is filed, where the results are not those of what was asked."""
+    def _check(self, batch: Batch, results: Path) -> int:
+        """How many lines there are. IdentityError before anything is filed, where they are not to what was asked."""
+        owed = list(book.lines(self.journal, batch))
         seen: set[int] = set()
         with results.open("rb") as file:
             for text in file:
@@ -187,6 +198,7 @@ class Batches:
                 if line.attempt in seen:
                     self._refuse(batch, results, f"the custom_id {name!r} twice")
                 seen.add(line.attempt)
+        return len(seen)
 
     def _refuse(self, batch: Batch, results: Path, what: str) -> NoReturn:
         raise IdentityError(

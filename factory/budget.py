@@ -1,6 +1,9 @@
 """The wall: money, requests, tokens and hours of a run, reserved before each send so that it is never overshot."""
 
+import asyncio
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -11,6 +14,9 @@ from factory.journal import Spent
 from factory.knobs import Knobs
 from factory.rows import FREE, Cost, Request, encode
 from factory.teachers.entry import Entry, Price
+
+LONGEST_TIMER_S = 86_400.0 * 300
+"""Longer than any run; event loops refuse what is endless."""
 
 
 class Budget(Knobs):
@@ -32,8 +38,11 @@ class Hold:
 
     @classmethod
     def worst(cls, request: Request, price: Price | None) -> "Hold":
-        # a token is at least one byte, so the request's bytes bound its prompt tokens whatever the tokenizer
+        # a token is at least one byte, so the request's bytes bound its prompt tokens whatever the tokenizer; a schema is
+        # put before the model, too
         prompt_tokens = len(encode(request.messages))
+        if request.sampling.response_format is not None:
+            prompt_tokens += len(encode(request.sampling.response_format))
         draws = request.sampling.beam.width if request.sampling.beam else request.n
         completion_tokens = request.sampling.max_tokens * draws
         usd = price.worst(prompt_tokens, completion_tokens) if price else Decimal(0)
@@ -58,7 +67,7 @@ class Wall:
             )
         hold = Hold.worst(request, entry.price)
         b = self.budget
-        hours = self._hours + (time.monotonic() - self._started) / 3600
+        hours = self._hours_used()
         for name, would_be, limit in (
             ("usd", self.usd + hold.usd, b.usd),
             ("requests", self.requests + 1, b.requests),
@@ -74,6 +83,17 @@ class Wall:
         self.tokens += hold.prompt_tokens + hold.completion_tokens
         self.usd += hold.usd
         return hold
+
+    def when_hours_end(self, stop: Callable[[BudgetError], None]) -> asyncio.TimerHandle:
+        """Call `stop` when the hours are used up, also while nothing is sent; at once is left to the next `reserve`."""
+        left = math.inf if self.budget.hours is None else (self.budget.hours - self._hours_used()) * 3600
+        error = BudgetError(
+            f"budget.hours: {self.budget.hours} are used up; raise it and run again, stored answers are kept"
+        )
+        return asyncio.get_running_loop().call_later(min(max(left, 0.1), LONGEST_TIMER_S), stop, error)
+
+    def _hours_used(self) -> float:
+        return self._hours + (time.monotonic() - self._started) / 3600
 
     def settle(self, hold: Hold, cost: Cost | None) -> None:
         """Replace the worst case by what it cost; where nobody knows (None) it stays."""

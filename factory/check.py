@@ -4,11 +4,14 @@ With `--live`, and only then, each endpoint is asked a few tiny questions: who a
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from factory.curate import Curate
 from factory.errors import FactoryError, OutageError, RecipeError
+from factory.filters.contamination import Contamination, items
 from factory.foresight import foresee
 from factory.generate import Generate
 from factory.judge import Judge
@@ -67,8 +70,10 @@ def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fet
 
 
 def _files(recipe: Recipe) -> Iterator[Problem]:
-    """Files that say what is asked and judged."""
+    """Files that say what is asked and judged, and what must not be in the data."""
     for stage, at, _ in recipe.placed:
+        if isinstance(stage, Curate):
+            yield from ((((*at, *below), text)) for below, text in _benchmarks(stage))
         try:
             if isinstance(stage, Generate):
                 stage.ask.open(find)
@@ -76,6 +81,17 @@ def _files(recipe: Recipe) -> Iterator[Problem]:
                 load_rubric(find(stage.rubric))
         except RecipeError as e:
             yield (*at, "ask" if isinstance(stage, Generate) else "rubric"), str(e)
+
+
+def _benchmarks(stage: Curate) -> Iterator[Problem]:
+    """Benchmark files that cannot be read; those on the hub are read when the run needs them."""
+    for k, one in enumerate(stage.filters):
+        for j, benchmark in enumerate(one.against if isinstance(one, Contamination) else ()):
+            try:
+                if not is_hub_id(benchmark.path, find):
+                    deque(items(benchmark, find), maxlen=0)
+            except RecipeError as e:
+                yield (k, one.kind, "against", j), str(e)
 
 
 def _unpriced(recipe: Recipe, draft: Draft) -> Iterator[Problem]:
@@ -95,13 +111,13 @@ def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]
         for url in entry.urls():
             if problem := url_problem(url, allow_http):
                 yield ("models", name, "base_url"), f"models.{name}: {problem}"
-    for i, stage in enumerate(recipe.stages):
+    for stage, at, _ in recipe.placed:
         if isinstance(stage, Generate):
             for name in stage.models:
                 asked = recipe.models.get(name)  # a name that is no model there is a student, which answers here
                 if why := (asked.abilities(runs) if asked else LOCAL).refusal(stage.sampling()):
                     hint = "" if asked is None else "; if it does by now, say so in its `capabilities:`"
-                    yield ("stages", i, "generate"), f"models.{name}: {why}{hint}"
+                    yield at, f"models.{name}: {why}{hint}"
 
 
 def live(recipe: Recipe, runs: Path) -> Iterator[str]:

@@ -1,10 +1,18 @@
 """Child processes that load torch: what they may know of our environment, and that they end when we do."""
 
 import ctypes
+import json
 import os
+import select
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
+import time
+import weakref
+from contextlib import suppress
+from typing import IO, Any
 
 PASSED_ON = {
     "PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
@@ -40,3 +48,56 @@ def end_with_input() -> None:
         os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
+
+
+class ChildEnded(Exception):
+    """A child ended instead of answering; the message is the last that it said."""
+
+
+class Child:
+    """`python -m MODULE ...`, which answers a line of JSON with a line of JSON, one at a time, until `close()`."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, env=child_environment(), start_new_session=True,
+        )  # fmt: skip
+        self.close = weakref.finalize(self, _end, self.process, self._errors)
+
+    def ask(self, question: Any, limit_s: float | None = None) -> Any:
+        """The answer; ChildEnded where none comes, TimeoutError where it takes too long."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # the reading tells
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+        return self.hear(limit_s)
+
+    def hear(self, limit_s: float | None = None) -> Any:
+        """The next line."""
+        assert self.process.stdout is not None
+        line, until = b"", None if limit_s is None else time.monotonic() + limit_s
+        while not line.endswith(b"\n"):
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            more = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not more:
+                raise ChildEnded(self._last_words())
+            line += more
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        code = self.process.wait()
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return " | ".join(lines[-2:]) or f"its process ended with {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]", errors: IO[bytes]) -> None:
+    process.kill()
+    for file in (process.stdin, process.stdout, errors):
+        assert file is not None
+        with suppress(BrokenPipeError):  # what was not yet written is of no use
+            file.close()
+    process.wait()

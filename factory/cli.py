@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--wait", action="store_true", help="where a batch is submitted, stay until it is done instead of leaving"
         )
+        verb.add_argument(
+            "--allow-code",
+            action="store_true",
+            help="let the filter `code` run programs that models wrote on this machine",
+        )
         verb.set_defaults(verb=_run, until=name)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
     _recipe_arguments(verb)
@@ -88,9 +93,33 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     verb.set_defaults(verb=_ls)
     verb = verbs.add_parser("show", help="what a run did: funnel, evaluation, files")
-    verb.add_argument("run", type=Path, help="a run's name, or its folder")
-    verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    _run_arguments(verb)
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument(
+        "--row", metavar="ID", help="a row's whole life: of a prompt, an answer, a training row or a pair"
+    )
+    which.add_argument(
+        "--drops", metavar="REASON", nargs="?", const="", help="the rows that ended for a reason; alone, the reasons"
+    )
+    verb.add_argument(
+        "--limit", type=_count, default=20, metavar="N", help="rows that --drops lists; 0 for all (default: 20)"
+    )
     verb.set_defaults(verb=_show)
+    verb = verbs.add_parser("export", help="a run's data set in the form that another tool reads")
+    _run_arguments(verb)
+    verb.add_argument("--form", required=True, help="alpaca, sharegpt, messages, prompt_completion, preference or kto")
+    verb.add_argument("--to", required=True, type=Path, metavar="FILE", help="a new file, .jsonl or .parquet")
+    verb.add_argument("--config", help="one of the data set's configs (default: its default one)")
+    verb.add_argument("--split", default="train", help="train or test (default: train)")
+    verb.set_defaults(verb=_export)
+    verb = verbs.add_parser("push", help="a run's data set to a hub; private, and only with the teachers' terms stated")
+    _run_arguments(verb)
+    verb.add_argument(
+        "--to", required=True, metavar="USER/NAME", help="the data set's id on the hub (HF_ENDPOINT, or huggingface.co)"
+    )
+    verb.add_argument("--public", action="store_true", help="for everybody to see; without it, private")
+    verb.add_argument("--dry-run", action="store_true", help="only say what would be sent")
+    verb.set_defaults(verb=_push)
     _journal_verbs(verbs.add_parser("journal", help="what was paid for: stats, verify, export, import, purge"))
     return parser
 
@@ -126,6 +155,17 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--allow-http", action="store_true", help="send keys and prompts unencrypted to hosts other than this machine"
     )
+
+
+def _run_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", type=Path, help="a run's name, or its folder")
+    verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"write a whole number, not {text!r}")
+    return int(text)
 
 
 def _share(text: str) -> float:
@@ -164,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> int:
     draft, a = _draft(arguments), arguments
     checked = check(draft, a.runs, a.allow_http, fetch=True)
     wait = LOOK_FIRST_S if a.wait else None
-    folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts)
+    folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts, a.allow_code)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0
@@ -202,13 +242,41 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from factory import lives
     from factory.shelf import describe
 
+    folder, a = _run_folder(arguments), arguments
+    if a.row is not None:
+        print(lives.life(folder, a.row))
+    elif a.drops is not None:
+        print(lives.drops(folder, a.drops, a.limit) if a.drops else lives.reasons(folder))
+    else:
+        print(describe(folder))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from factory.forms import export
+
+    a = arguments
+    print(export(_run_folder(a), a.form, a.to, a.config, a.split))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from factory.push import push
+
+    a = arguments
+    for line in push(_run_folder(a), a.to, a.public, a.dry_run):
+        print(line, flush=True)
+    return 0
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
     folder = arguments.run if (arguments.run / "manifest.json").is_file() else arguments.runs / arguments.run
     if not (folder / "manifest.json").is_file():
         raise RecipeError(f"there is no run {str(arguments.run)!r} in {arguments.runs}/; `factory ls` lists them")
-    print(describe(folder))
-    return 0
+    return Path(folder)
 
 
 def _journal(arguments: argparse.Namespace) -> int:

@@ -1,42 +1,103 @@
-"""Stage `filter`: filters in recipe order; every sample comes out once, kept, dropped with a reason, or set aside."""
+"""Stage `filter`: filters in recipe order; every sample comes out once, kept, dropped with a reason, or set aside.
 
-from collections.abc import Callable, Iterator, Sequence
+With `control: random` as many rows are kept as the filters would keep, drawn by seed: what a filter bought is the
+difference between two runs.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
 from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.threshold import Threshold
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
 
 
 class Curate(Knobs):
-    """`filter:` with a list; a sample dropped by one filter is not shown to the next, so cheap ones stand first."""
+    """`filter:` with a list; a sample dropped by one filter is not shown to the next, so cheap ones stand first.
+
+    `control: random` keeps a random sample of the same size instead: of each prompt list and model, or, where all filters
+    compare the answers of one prompt, of each prompt.
+    """
 
     kind: Literal["filter"] = "filter"
     filters: list[FilterKnob] = Field(min_length=1)
+    control: Literal["random"] | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")
 
 
-def curate(knobs: Curate, read: Look, kit: Kit) -> Iterator[Sample]:
+def curate(knobs: Curate, read: Look, kit: Kit, seed: int = 0) -> Iterator[Sample]:
     """Each sample with the verdict that ended it, or with the scores that filters had to tell; order is kept.
 
     `read()` gives the samples by prompt, afresh at each call: some filters look at all rows before they judge the first.
     """
-    for group in _judged([one.open(kit) for one in knobs.filters], read):
+    filters = [one.open(kit) for one in knobs.filters]
+    if knobs.control is None:
+        groups = _judged(filters, read)
+    elif all(isinstance(one, GroupFilter) for one in filters):
+        groups = _drawn_by_prompt(_judged(filters, read), read(), seed)
+    else:
+        groups = _drawn(_judged(filters, read), read, seed)
+    for group in groups:
         yield from group
 
 
+def _drawn(judged: Iterator[list[Sample]], read: Look, seed: int) -> Iterator[list[Sample]]:
+    """The samples afresh, as many of each prompt list and model kept as were judged so, whichever they are."""
+    kept, total = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for group in judged:
+        for sample in group:
+            total[_stratum(sample)] += 1
+            kept[_stratum(sample)] += sample.ending == "kept"
+    draws = {one: drawn(kept[one], total[one], random.Random(f"{seed}:control:{one}")) for one in total}
+    for group in read():
+        yield [sample if next(draws[_stratum(sample)]) else sample.judged(not_drawn()) for sample in group]
+
+
+def _stratum(sample: Sample) -> tuple[str, str]:
+    return sample.prompt.source, sample.model
+
+
+def _drawn_by_prompt(
+    judged: Iterator[list[Sample]], afresh: Iterable[list[Sample]], seed: int
+) -> Iterator[list[Sample]]:
+    for group, samples in zip(judged, afresh, strict=True):
+        count = sum(sample.ending == "kept" for sample in group)
+        draws = drawn(count, len(group), random.Random(f"{seed}:control:{group[0].prompt.id}"))
+        yield [sample if keep else sample.judged(not_drawn()) for sample, keep in zip(samples, draws, strict=True)]
+
+
+def drawn(take: int, total: int, chance: random.Random) -> Iterator[bool]:
+    """For each of `total` rows whether it is taken: `take` of them in all, every such choice equally likely.
+
+    Selection sampling (Knuth, The Art of Computer Programming 2, section 3.4.2, algorithm S): nothing is remembered.
+    """
+    for left in range(total, 0, -1):
+        taken = chance.random() * left < take
+        take -= taken
+        yield taken
+
+
+def not_drawn() -> Verdict:
+    """Of a row that a random control leaves out."""
+    return Verdict(filter="control", keep=False, reason="not_drawn")
+
+
 def row_filters(knobs: Curate, kit: Kit) -> list[RowFilter]:
-    """The filters that look at one answer alone: what "accepted" means when a student is measured."""
-    return [one.open(kit) for one in knobs.filters if isinstance(one, RowFilter)]
+    """The filters that look at one answer alone: what "accepted" means when a student is measured. Scores come later."""
+    alone = (one for one in knobs.filters if isinstance(one, RowFilter) and not isinstance(one, Threshold))
+    return [one.open(kit) for one in alone]
 
 
 def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
     """The first verdict that does not keep the sample; None when all filters accept it."""
-    verdicts = (_checked(one, sample) for one in filters)
+    verdicts = (checked(one, sample) for one in filters)
     return next((verdict for verdict in verdicts if not verdict.keep), None)
 
 
@@ -45,10 +106,11 @@ def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
     for group in read():
         samples, alive = list(group), list(range(len(group)))
         for judge in judges:
-            for i, verdict in zip(alive, judge([samples[i] for i in alive]), strict=True):
+            verdicts = judge([samples[i] for i in alive])
+            for i, verdict in zip(alive, verdicts, strict=True):
                 if not verdict.keep or verdict.score is not None:
                     samples[i] = samples[i].judged(verdict)
-            if not (alive := [i for i in alive if samples[i].ending == "kept"]):
+            if not (alive := [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]):
                 break
         yield samples
 
@@ -63,7 +125,7 @@ def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
 def _judge(one: Any, look: Look) -> Judge:
     """Any filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
     if isinstance(one, RowFilter):
-        return lambda samples: [_checked(one, sample) for sample in samples]
+        return lambda samples: [checked(one, sample) for sample in samples]
     if isinstance(one, GroupFilter):
         return lambda samples: _all_checked(one.kind, one.check_group, samples)
     assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"
@@ -75,8 +137,15 @@ def _judge(one: Any, look: Look) -> Judge:
     return lambda samples: _all_checked(one.kind, judge, samples)
 
 
-def _checked(one: RowFilter, sample: Sample) -> Verdict:
-    return _all_checked(one.kind, lambda samples: [one.check(samples[0])], [sample])[0]
+def checked(one: RowFilter, sample: Sample) -> Verdict:
+    """Its verdict, or the error that set the sample aside."""
+    try:
+        verdict = one.check(sample)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"no verdict, but {verdict!r}")
+        return verdict
+    except Exception as e:
+        return _broken(one.kind, e)
 
 
 def _all_checked(kind: str, judge: Callable[[list[Sample]], Any], samples: list[Sample]) -> list[Verdict]:

@@ -14,20 +14,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import yaml
 
-from factory.rows import Message, Pair, TrainRow
+from factory.rows import Message, Pair, TrainRow, Unpaired
 from factory.run import fsync_folder, write_bytes
+
+AnyRow: TypeAlias = TrainRow | Pair | Unpaired
 
 
 class Config(NamedTuple):
     """One data set of the folder. The callables give the rows afresh each time they are called."""
 
     name: str
-    train: Callable[[], Iterator[TrainRow | Pair]]
+    train: Callable[[], Iterator[AnyRow]]
     test: Callable[[], Iterator[TrainRow]]
 
 
@@ -38,16 +40,18 @@ class Form:
         self.config = config
         self.rows = {"train": 0, "test": 0}
         self.texts = True
-        self.first: TrainRow | Pair | None = None
+        self.first: AnyRow | None = None
         self.scores: set[str] = set()
+        self.beside: set[str] = set()
         for split, row in self.read():
             self.rows[split] += 1
             self.first = self.first or row
             self.texts = self.texts and _is_text(row)
             if isinstance(row, TrainRow):
                 self.scores.update(row.scores)
+                self.beside |= {name for name, plain in (("weight", 1.0), ("masked", 0)) if getattr(row, name) != plain}
 
-    def read(self) -> Iterator[tuple[str, TrainRow | Pair]]:
+    def read(self) -> Iterator[tuple[str, AnyRow]]:
         yield from (("train", row) for row in self.config.train())
         yield from (("test", row) for row in self.config.test())
 
@@ -56,7 +60,7 @@ class Form:
         """A test split only where there are test rows; a train split always."""
         return ["train", "test"] if self.rows["test"] else ["train"]
 
-    def columns(self, row: TrainRow | Pair) -> dict[str, Any]:
+    def columns(self, row: AnyRow) -> dict[str, Any]:
         """One line of the file: always the same columns in the same order, null where a row has no value."""
         said = self._said
         if isinstance(row, Pair):
@@ -66,9 +70,15 @@ class Form:
                 "chosen_score": row.chosen_score, "rejected_score": row.rejected_score,
                 "source": row.source, "parents": row.parents,
             }  # fmt: skip
+        if isinstance(row, Unpaired):
+            return {
+                "prompt": said(row.prompt), "completion": said(row.completion), "label": row.label, "id": row.id,
+                "score": row.score, "model": row.model, "source": row.source, "parents": row.parents,
+            }  # fmt: skip
         return {
             "prompt": said(row.prompt), "completion": said(row.completion), "id": row.id,
             "source": row.source, "model": row.model, "task": row.task,
+            **{name: getattr(row, name) for name in sorted(self.beside)},
             **{f"score_{name}": row.scores.get(name) for name in sorted(self.scores)},
             "parents": row.parents,
         }  # fmt: skip
@@ -79,19 +89,27 @@ class Form:
     def features(self) -> list[dict[str, Any]]:
         """The columns' types, as the card's header has them: otherwise readers guess them from the first rows."""
         said = {"prompt", "completion", "chosen", "rejected"}
-        numbers = {"margin", "chosen_score", "rejected_score", *(f"score_{name}" for name in self.scores)}
+        numbers = {
+            "margin",
+            "chosen_score",
+            "rejected_score",
+            "score",
+            "weight",
+            *(f"score_{name}" for name in self.scores),
+        }
 
         def kind(column: str) -> dict[str, Any]:
             if column == "parents":
                 return {"list": "string"}
             if column in said and not self.texts:
                 return {"list": [{"name": "role", "dtype": "string"}, {"name": "content", "dtype": "string"}]}
-            return {"dtype": "float64" if column in numbers else "string"}
+            others = {"label": "bool", "masked": "int64"}
+            return {"dtype": "float64" if column in numbers else others.get(column, "string")}
 
         return [{"name": column, **kind(column)} for column in self.columns(self.first)] if self.first else []
 
 
-def _is_text(row: TrainRow | Pair) -> bool:
+def _is_text(row: AnyRow) -> bool:
     """One user message, answered by one message: nothing is lost when only the texts are written."""
     answers = [row.chosen, row.rejected] if isinstance(row, Pair) else [row.completion]
     return [m["role"] for m in row.prompt] == ["user"] and all(len(answer) == 1 for answer in answers)
@@ -102,8 +120,9 @@ def write(folder: Path, *, name: str, configs: list[Config], card: dict[str, Any
 
     Returns the rows of each split by config.
 
-    `card`: {"recipe": name, "funnel": [stage manifests], "teachers": {name: {"model", "terms"}},
-    "prompts": [{"name", "path"}]}.
+    `card`: {"recipe": name, "lists": [prompt lists' funnels], "funnel": [stage manifests],
+    "teachers": {name: {"model", "terms"}}, "prompts": [{"name", "path", "licence"}],
+    "decontamination": [{"stage", "knobs", "reasons"}]}.
     """
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for left in (partial, old):
@@ -171,7 +190,7 @@ def _card(name: str, forms: list[Form], places: list[str], contents: list[str], 
     }
     if not header["dataset_info"]:
         del header["dataset_info"]
-    body = chain(_about(name, card, total), _counts(forms), _funnel(card["funnel"]), _sources(card))
+    body = chain(_about(name, card, total), _counts(forms), _funnel(card), _decontamination(card), _sources(card))
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(body) + "\n"
 
 
@@ -203,26 +222,56 @@ def _about(name: str, card: dict[str, Any], total: int) -> Iterator[str]:
 def _counts(forms: list[Form]) -> Iterator[str]:
     yield from ("", "## Rows", "", "| config | train | test | form |", "|---|---:|---:|---|")
     for form, label in zip(forms, _labels(forms), strict=True):
-        kind = "prompt, chosen, rejected" if isinstance(form.first, Pair) else "prompt, completion"
+        kinds: dict[type, str] = {Pair: "prompt, chosen, rejected", Unpaired: "prompt, completion, label (KTO)"}
+        kind = kinds.get(type(form.first), "prompt, completion")
         how = "texts; the prompt is one user turn" if form.texts else "lists of messages (role, content)"
+        if "masked" in form.beside:
+            how += "; the first `masked` characters of a completion are to be seen, not learned"
         said = f"{kind}: {how}" if form.first else "empty"
         yield f"| {_cell(label)} | {form.rows['train']} | {form.rows['test']} | {said} |"
 
 
-def _funnel(manifests: list[dict[str, Any]]) -> Iterator[str]:
+def _funnel(card: dict[str, Any]) -> Iterator[str]:
     yield from ("", "## How the rows were made", "", "Nothing is lost in silence: in = kept + dropped + failed.", "")
     yield "| stage | unit | in | kept | dropped | failed | reasons |"
     yield "|---|---|---:|---:|---:|---:|---|"
-    for stage in manifests:
+    lists = [{**told, "stage": f"prompts {told['name']}"} for told in card.get("lists", [])]
+    for stage in [*lists, *card["funnel"]]:
         counts = " | ".join(str(stage[key]) for key in ("in", "kept", "dropped", "failed"))
         reasons = ", ".join(f"{_cell(reason)} {count}" for reason, count in stage["reasons"].items())
         yield f"| {_cell(stage['stage'])} | {_cell(stage['unit'])} | {counts} | {reasons} |"
 
 
+def _decontamination(card: dict[str, Any]) -> Iterator[str]:
+    """What was looked for, and what was found; a data set that was not compared with any benchmark says so."""
+    yield from ("", "## Decontamination", "")
+    checks = card.get("decontamination", [])
+    if not checks:
+        yield "The rows were not compared with any benchmark."
+        return
+    yield from ("| stage | compared with | settings | reasons of the stage |", "|---|---|---|---|")
+    for check in checks:
+        knobs = {name: value for name, value in check["knobs"].items() if name != "kind" and value is not None}
+        files = [_portable(one) for value in knobs.values() for one in _paths(value)]
+        rest = ", ".join(f"{name} {value}" for name, value in knobs.items() if not _paths(value))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in check["reasons"].items()) or "none"
+        yield f"| {_cell(check['stage'])} | {_cell(', '.join(files))} | {_cell(rest)} | {_cell(reasons)} |"
+
+
+def _paths(value: Any) -> list[str]:
+    """The files that a knob names: a text or a list of texts, or of records with a `path`."""
+    if isinstance(value, dict):
+        return _paths(value.get("path"))
+    if isinstance(value, list):
+        return [path for one in value for path in _paths(one)]
+    return [value] if isinstance(value, str) and re.search(r"[/.]", value) else []
+
+
 def _sources(card: dict[str, Any]) -> Iterator[str]:
-    yield from ("", "## Prompts", "", "| list | source |", "|---|---|")
+    yield from ("", "## Prompts", "", "| list | source | licence |", "|---|---|---|")
     for prompts in card["prompts"]:
-        yield f"| {_cell(prompts['name'])} | {_cell(_portable(prompts['path']))} |"
+        licence = prompts.get("licence") or "not stated"
+        yield f"| {_cell(prompts['name'])} | {_cell(_portable(prompts['path']))} | {_cell(licence)} |"
     yield from ("", "## Models", "", "| name | model | terms |", "|---|---|---|")
     for name, model in card["teachers"].items():
         yield f"| {_cell(name)} | {_cell(_portable(model['model']))} | {_cell(model['terms'] or 'not stated')} |"

@@ -4,6 +4,7 @@ A difference is claimed only where its paired 95 % interval excludes zero and at
 with several students, only where the exact test, corrected for their number, agrees.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from factory import stats
 
 FEWEST = 10
 """With fewer prompts a bootstrap interval is too narrow to be believed: with one it has no width at all."""
+
+LENGTH_TELLS = 0.6
+"""Share of pairs from which length is said to predict the choice; ours, below the 68 % that judges of arena talks show."""
 
 MANY_UNREAD = 0.1
 """Share of answers without a readable result from which `correct` is said to measure the form as well."""
@@ -268,12 +272,49 @@ def _of_pairs(report: Row) -> Iterator[str]:
     pairs = report["pairs"]
     if not pairs or not pairs["n"]:
         return
-    n, longer = pairs["n"], pairs["chosen_longer"]
-    low, high = stats.wilson(round(longer * n), n)
-    words = pairs["mean_words"]
-    told = f"In {100 * longer:.0f} % of {n:,} pairs ({100 * low:.0f}-{100 * high:.0f} %) the chosen answer is longer"
-    told += f" (mean {words['chosen']:.0f} against {words['rejected']:.0f} words)"
-    yield told + (": part of what is learned may be length." if low > 0.5 else ".")
+    (good, bad), words = pairs["sides"], pairs["mean_words"]
+    means = f"(mean {words[good]:.0f} against {words[bad]:.0f} words"
+    if "chosen_longer" in pairs:
+        n, longer = pairs["n"], pairs["chosen_longer"]
+        low, high = stats.wilson(round(longer * n), n)
+        told = (
+            f"In {100 * longer:.0f} % of {n:,} pairs ({100 * low:.0f}-{100 * high:.0f} %) the chosen answer is longer"
+        )
+    else:
+        low, told = 0.0, f"{pairs['sides'][good]:,} of {pairs['n']:,} answers are desirable"
+    told += f" {means}" + (")" if pairs["length_auc"] is None else f", AUC of length {pairs['length_auc']:.2f})")
+    hint = length_predicts(pairs)
+    yield told + (f": {hint}." if hint else ": part of what is learned may be length." if low > 0.5 else ".")
+    if pairs["duplicates"]:
+        yield f"{pairs['duplicates']:,} of {pairs['n']:,} preference rows were there before, with the same texts."
+
+
+def length_predicts(pairs: Row | None) -> str | None:
+    """Where length alone tells which answer is the better one: what the student then learns may be no more than that.
+
+    Pairs: by the share of those whose lengths differ; rows without a partner: by the AUC of length, with Hanley and
+    McNeil's standard error (1982). Both at the end of the 95 % interval that is nearer to one half.
+    """
+    if not pairs or not pairs["n"] or pairs["length_auc"] is None:
+        return None
+    if "chosen_longer" in pairs:
+        longer, shorter = (round(pairs[f"chosen_{how}"] * pairs["n"]) for how in ("longer", "shorter"))
+        low, high = stats.wilson(longer, longer + shorter)
+        good, what = "the chosen", f"of {longer + shorter:,} pairs whose answers differ in length"
+    else:
+        low, high = _auc_interval(pairs["length_auc"], *pairs["sides"].values())
+        good, what = "the desirable", "of all couples of a desirable and another answer"
+    if low <= LENGTH_TELLS and high >= 1 - LENGTH_TELLS:
+        return None
+    share, how = (low, "longer") if low > LENGTH_TELLS else (1 - high, "shorter")
+    return f"length alone predicts the choice: in at least {100 * share:.0f} % {what}, {good} one is {how}"
+
+
+def _auc_interval(auc: float, n: int, m: int) -> tuple[float, float]:
+    both, either = auc / (2 - auc), 2 * auc * auc / (1 + auc)
+    square = auc * (1 - auc) + (n - 1) * (both - auc * auc) + (m - 1) * (either - auc * auc)
+    half = stats.Z * math.sqrt(max(square, 0.0) / (n * m))
+    return auc - half, auc + half
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from factory.choose import Choose
+from factory.choose import Choose, Quota
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
-from factory.filters.reference import MatchesReference
+from factory.filters.verifier import Verifier
 from factory.generate import Generate, Given
 from factory.judge import Judge
 from factory.mistakes import nearest
@@ -22,7 +22,10 @@ from factory.prompts import PromptLists
 from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.score import Score
+from factory.shape import Shape
 from factory.teachers.reference import Reference
+from factory.train import Train
 from factory.yamlfile import Path_
 
 
@@ -52,7 +55,7 @@ def foresee(recipe: Recipe, steps: list[Step], prompts: PromptLists | None) -> I
         before = _join([flows[number] for number in step.reads])
         for finding in _of_step(recipe, step, before, steps, prompts):
             yield finding._replace(at=(*_path(recipe, step), *finding.at))
-        flows[step.number] = _behind(step, before)
+        flows[step.number] = _behind(step, before, prompts)
 
 
 def _path(recipe: Recipe, step: Step) -> Path_:
@@ -66,28 +69,35 @@ def _join(flows: list[_Flow]) -> _Flow:
     return _Flow(scores, frozenset().union(*(flow.sets for flow in flows)), sum(flow.most for flow in flows))
 
 
-def _behind(step: Step, before: _Flow) -> _Flow:
+def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
     match step.knobs:
         case Given():
-            return _Flow(frozenset(), frozenset(step.sets), math.inf)
+            lists = [prompts.by_name.get(name) if prompts else None for name in step.sets]
+            brought = None if None in lists else frozenset().union(*(one.scores for one in lists if one))
+            return _Flow(brought, frozenset(step.sets), math.inf)
         case Generate() as knobs:
             askers = 1 if isinstance(knobs.model, dict) else len(knobs.models)
             return _Flow(frozenset({"logprob"}), before.sets.union(step.sets), askers * knobs.draws)
         case Judge() as knobs:
-            if before.scores is None or (name := _score_name(knobs)) is None:
+            if before.scores is None or (names := _score_names(knobs)) is None:
                 return before._replace(scores=None)
-            return before._replace(scores=before.scores | {name})
+            return before._replace(scores=before.scores | names)
+        case Score() as knobs if before.scores is not None:
+            return before._replace(scores=before.scores | {knobs.name})
         case Choose(per="prompt") as knobs:
-            return before._replace(most=min(before.most, knobs.best or knobs.cap or 0))
+            return before._replace(most=min(before.most, knobs.best or knobs.cap or math.inf))
         case _:
             return before
 
 
-def _score_name(knobs: Judge) -> str | None:
+def _score_names(knobs: Judge) -> frozenset[str] | None:
+    """The score, and those of its aspects."""
     try:
-        return knobs.as_ or load_rubric(find(knobs.rubric)).head.name
+        head = load_rubric(find(knobs.rubric)).head
     except RecipeError:
         return None
+    name = knobs.as_ or head.name
+    return frozenset([name, *(f"{name}.{aspect}" for aspect in head.aspects if knobs.how != "pairwise")])
 
 
 def _of_step(
@@ -100,31 +110,45 @@ def _of_step(
         case Generate() as knobs:
             sets = before.sets.union(step.sets)
             known = all(isinstance(recipe.models.get(name), Reference) for name in knobs.models)
-            if known and not _any_brings("references", sets, prompts):
+            if known and not any(_any_brings(what, sets, prompts) for what in ("references", "answers")):
                 yield Finding(("model",), f"no prompt of {_of(sets)} has a `reference` that could be the answer")
         case Given() if not _any_brings("answers", step.sets, prompts):
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
                 text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"
                 yield Finding(("prompts",), text)
+        case Choose(quota=Quota(by="source", most=dict(most))) if unknown := [n for n in most if n not in before.sets]:
+            text = f"no rows of a prompt list {unknown[0]!r} get here; {nearest(unknown[0], before.sets)}"
+            yield Finding(("quota", "most"), text)
         case Choose(by="closest_to_reference") if not _any_brings("references", before.sets, prompts):
             yield Finding(("by",), f"closest_to_reference: no prompt of {_of(before.sets)} has a `reference`")
+        case Score(by="verdict") if not _any_brings("references", before.sets, prompts):
+            yield Finding(("of",), f"no prompt of {_of(before.sets)} has a `reference`, so no answer gets a verdict")
         case Curate() as knobs:
             for i, one in enumerate(knobs.filters):
-                if isinstance(one, MatchesReference) and not _any_brings("references", before.sets, prompts):
-                    text = f"matches_reference keeps everything: no prompt of {_of(before.sets)} has a `reference`"
+                if isinstance(one, Verifier) and not _any_brings("references", before.sets, prompts):
+                    text = f"{one.kind} keeps everything: no prompt of {_of(before.sets)} has a `reference`"
                     yield Finding((i,), text, fatal=False)
+        case Shape() as knobs if "truth" in knobs.tasks and not _any_brings("references", before.sets, prompts):
+            yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")
         case PairUp() as knobs:
             yield from _paired(knobs, before)
+        case Train():
+            shapes = [steps[number - 1].knobs for number in step.reads]
+            if any(isinstance(one, Shape) and set(one.weights.values()) != {1.0} for one in shapes):
+                text = (
+                    "the trainer counts all rows alike; the weights of `shape` stand in the data set for other trainers"
+                )
+                yield Finding((), text, fatal=False)
 
 
 def _paired(knobs: PairUp, before: _Flow) -> Iterator[Finding]:
-    if before.most < 2:
+    if before.most < 2 and knobs.form == "pairs":
         yield Finding(
             (), "a pair needs two answers to a prompt, and at most one gets here; ask several models, or raise n"
         )
     if knobs.score is not None or before.scores is None:
         return
-    judged = sorted(before.scores - {"logprob"})
+    judged = sorted(name for name in before.scores - {"logprob"} if "." not in name)  # else an aspect's
     if not judged:
         yield Finding((), "nothing before it scores the answers; put a `judge` stage there, or say `score: logprob`")
     elif len(judged) > 1:

@@ -22,7 +22,21 @@ from factory.errors import Waiting
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.prompt_spool import Part
-from factory.rows import Beam, Choice, Failure, Message, Prompt, Reply, Request, Sample, Sampling, Verdict, digest
+from factory.rows import (
+    GIVEN,
+    LABEL,
+    Beam,
+    Choice,
+    Failure,
+    Message,
+    Prompt,
+    Reply,
+    Request,
+    Sample,
+    Sampling,
+    Verdict,
+    digest,
+)  # fmt: skip
 from factory.stored import runs
 from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
@@ -193,13 +207,16 @@ def _plain(prompt: Prompt, draw: int = 0) -> Request:
 
 
 def given(prompts: Iterable[Prompt]) -> Iterator[Sample]:
-    """Answers that came with their rows, as samples: data from elsewhere needs no teacher."""
+    """Answers that came with their rows, as samples with their scores: data from elsewhere needs no teacher."""
     drawn: dict[str, int] = {}
     for prompt in prompts:
-        if prompt.completion is not None:
-            draw = drawn.get(prompt.id, 0)
-            drawn[prompt.id] = draw + 1
-            yield from samples(prompt, _plain(prompt, draw), "given", [Choice(text=prompt.completion, finish="stop")])
+        came = [(prompt.completion, prompt.scores), (prompt.rejected, {LABEL: 0.0})]
+        for text, scores in came:
+            if text is not None:
+                draw = drawn.get(prompt.id, 0)
+                drawn[prompt.id] = draw + 1
+                (sample,) = samples(prompt, _plain(prompt, draw), GIVEN, [Choice(text=text, finish="stop")])
+                yield sample.scored(**scores) if scores else sample
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------
@@ -220,6 +237,7 @@ class Teaching:
     accept: Callable[[Sample], Verdict | None]
     refused: Callable[[Sample], bool]
     planned: int = 0
+    accepted: int = 0
     tallies: list[Tally] = field(default_factory=list)
 
     async def samples(self, prompts: Part) -> AsyncIterator[Sample]:
@@ -318,7 +336,7 @@ class Teaching:
 
     async def _draw(self, model: Model, prompts: Part, draws: Draws) -> Read:
         """Ask for some draws of each prompt, and the fallback for those that failed or were refused."""
-        read = await self._ask(model, prompts, draws)
+        read = await self._ask(model, prompts, draws, stand_in=self.knobs.fallback is not None)
         self.planned += self.tallies[-1].planned
         if self.knobs.fallback is None:
             return read
@@ -331,12 +349,12 @@ class Teaching:
             read_other = await self._ask(other, prompts, lambda prompt: lacking.get(prompt.id, ()))
         return lambda: (_mended(found, others) for found, others in zip(read(), read_other(), strict=True))
 
-    async def _ask(self, model: Model, prompts: Part, draws: Draws) -> Read:
+    async def _ask(self, model: Model, prompts: Part, draws: Draws, stand_in: bool = False) -> Read:
         """Ask what is not stored."""
         sampling = self.knobs.sampling()
         asked = partial(requests, prompts, model, self.asker, sampling, draws, self.seed)
         total = sum(len(draws(prompt)) for prompt in prompts)
-        tally = await self.desk.ask(model, asked(), total, f"generate {model.name}")
+        tally = await self.desk.ask(model, asked(), total, f"generate {model.name}", stand_in=stand_in)
         self.tallies.append(tally)
         return lambda: _by_prompt(prompts, self.desk.read(model, asked(), tally), model.name)
 

@@ -305,6 +305,11 @@ class Journal:
         sql = f"SELECT key, attempt, choice, finish, tokens, max_tokens FROM answer WHERE key IN ({marks})"
         return {row[0]: Stored._make(row[1:]) for row in self.read(sql, wanted)}
 
+    def knows(self, identity: str) -> bool:
+        """Whether a model has ever answered."""
+        sql = f"SELECT EXISTS (SELECT 1 FROM answer WHERE identity=? AND finish NOT IN ({NO_ANSWER}))"
+        return bool(self.read(sql, [identity])[0][0])
+
     def bodies(self, attempts: Iterable[int]) -> dict[int, tuple[bytes, int]]:
         """The bodies of some attempts, and for how many answers each was asked; a few hundred at a time."""
         wanted = list(attempts)

@@ -132,7 +132,8 @@ def _snapshot(path: Path) -> sqlite3.Connection:
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         db.close()
-        if path.with_name(path.name + "-wal").exists():
+        log = path.with_name(path.name + "-wal")
+        if log.exists() and not (log.is_file() and log.stat().st_size == 0):
             raise
         # a folder where nothing can be written, so no other process writes there either
         db = sqlite3.connect(f"{address}?immutable=1", uri=True, isolation_level=None)

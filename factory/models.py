@@ -18,8 +18,10 @@ from factory.weights import Weights, lacking_packages, materialise_in_child
 class Models:
     """Resolves a name to its entry, its identity, or to a `Model` that can be asked."""
 
-    def __init__(self, entries: dict[str, ModelEntry], first_student: str | None, runs: Path) -> None:
-        self.runs = runs
+    def __init__(
+        self, entries: dict[str, ModelEntry], first_student: str | None, runs: Path, allow_code: bool = False
+    ) -> None:
+        self.runs, self.allow_code = runs, allow_code
         self.trained: set[str] = set()
         self._entries = dict(entries)
         self._first_student = first_student

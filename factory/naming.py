@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from factory.canaries import FILE as CANARIES
 from factory.curate import Curate
 from factory.evaluate import Evaluate
 from factory.filters.rules import Tokens
@@ -16,16 +17,19 @@ from factory.judge import Judge
 from factory.models import Models
 from factory.pair import PairUp
 from factory.plan import Step
+from factory.prompt_files import content, is_hub_id
 from factory.prompts import PromptLists
 from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rows import digest
 from factory.run import StageFolder
+from factory.score import Score
 from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 1, "filter": 2, "judge": 2, "choose": 2, "shape": 1, "pair": 2, "train": 1, "evaluate": 2,
+    "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 2,
+    "pair": 3, "train": 1, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -42,14 +46,14 @@ class Naming:
     def place(self, step: Step, made: Made) -> StageFolder:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
-        names = {"from_"} if isinstance(step.knobs, Judge) else {"from_", "as_"}  # a judge's name is that of its score
+        names = {"from_"} if isinstance(step.knobs, Judge | Score) else {"from_", "as_"}  # the name of a score
         names |= {"require"} if isinstance(step.knobs, Evaluate) else set()  # limits change nothing that is measured
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
             [made[number].manifest["content"] for number in step.reads],
             [self.prompts.digest(name) for name in step.sets],
             [self.models.identity(name) for name in self.asked(step)],
-            [digest(find(path).read_text(errors="replace")) for path in _files(step)],
+            [digest(content(find(path))) for path in _files(step) if not is_hub_id(path, find)],
             [stage.model_dump(mode="json") for stage in self._also_read(step)],
             self.recipe.seed, size=4,
         )  # fmt: skip
@@ -79,6 +83,8 @@ class Naming:
                 return [*knobs.models, *([knobs.fallback] if knobs.fallback else [])]
             case Judge() as knobs:
                 return [knobs.model]
+            case Score(model=str(name)):
+                return [name]
             case Train() as knobs:
                 return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:
@@ -109,10 +115,13 @@ class Naming:
 
 
 def _files(step: Step) -> list[str]:
-    """Files whose text is part of what a step does: asking messages, rubrics."""
+    """Files whose content is part of what a step does: asking messages, rubrics, benchmarks."""
     match step.knobs:
+        case Curate() as knobs:
+            return [path for one in knobs.filters for path in one.files()]
         case Judge() as knobs:
-            return [knobs.rubric]
+            labels = [knobs.gold.path] if knobs.gold and knobs.gold.path else []
+            return [knobs.rubric, *labels, *([CANARIES] if knobs.canaries else [])]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:

@@ -50,6 +50,7 @@ class Pace:
         self.most = min(limits.max_concurrency, useful)
         self.answered = False
         self.in_flight = 0
+        self._sent = 0
         self.last_heard = time.monotonic()
         self._window = float(min(FIRST_WINDOW, self.most))
         self._threshold = float("inf")
@@ -75,8 +76,10 @@ class Pace:
 
     # -- one request -----------------------------------------------------------------------------------------------
 
-    async def enter(self) -> None:
-        """Wait for a free place in the window, for the rates, and for the end of a pause."""
+    async def enter(self, guess: float = 0.0) -> None:
+        """Wait for a free place in the window, for the rates, and for the end of a pause. `guess`: tokens of a request, used
+        until an answer has told."""
+        self._tokens_a_request = self._tokens_a_request or guess
         while self.in_flight >= int(self._window):
             place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(place)
@@ -87,9 +90,11 @@ class Pace:
             await asyncio.sleep(delay)
         while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
             await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        self._sent += 1
 
     def leave(self) -> None:
         self.in_flight -= 1
+        self._sent -= 1
         self.last_heard = time.monotonic()
         free = int(self._window) - self.in_flight
         while free > 0 and self._waiting:
@@ -175,12 +180,15 @@ class Pace:
         if told is None or told is self._heeded:
             return
         self._heeded = told
+        before = self._resume_at
         if told.requests.remaining == 0 and told.requests.reset_s:
             self.hold(told.requests.reset_s)
         left, limit = told.tokens.remaining, told.tokens.limit
         if left is not None and left < self._tokens_a_request:
             missing = self._tokens_a_request - left
             self.hold(60 * missing / limit if limit else told.tokens.reset_s or 0.0)
+        if (left_s := self._resume_at - time.monotonic()) >= LONG_PAUSE_S and self._resume_at > before:
+            say(f"models.{self.name}: its headers say that nothing is left for {left_s:.0f} s; waiting")
 
     def hold(self, seconds: float) -> None:
         """Nobody sends anything for so long."""
@@ -234,10 +242,10 @@ class Pace:
             await asyncio.sleep(first / 4)
             silent = time.monotonic() - max(self.last_heard, self._resume_at)
             told = told if silent > told else 0.0
-            if self.in_flight and silent > max(first, 2 * told):
+            if self._sent and silent > max(first, 2 * told):
                 told = silent
                 say(
-                    f"models.{self.name}: silent for {silent:.0f} s with {self.in_flight} requests in flight "
+                    f"models.{self.name}: silent for {silent:.0f} s with {self._sent} requests in flight "
                     f"(each may take {self.timeout_s:g} s)"
                 )
 

@@ -7,7 +7,8 @@ same command again does nothing twice, and a changed filter re-runs from there a
 import asyncio
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from functools import partial
@@ -22,24 +23,25 @@ from factory import __version__, report
 from factory.ask import Desk, Lost, Tally
 from factory.batch_journal import forgive
 from factory.budget import Wall
-from factory.choose import Choose, choose
+from factory.choose import Choose, choose, unmet
 from factory.cohorts import Cohorts
 from factory.curate import Curate, accepts, curate, row_filters
 from factory.errors import NotReached, RecipeError, TooManyFailures, Waiting
 from factory.evaluate import Evaluate, Examiner, evaluate
+from factory.filters.contamination import Contamination
 from factory.filters.refusal import NoRefusal
 from factory.foresight import foresee
 from factory.gates import Gate, gates, reached
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.journal import Journal
-from factory.judge import TRUNCATED, UNREADABLE, Judge, judge
+from factory.judge import Judge, judge, lost
 from factory.knobs import written_out
 from factory.models import Models
 from factory.naming import Naming
-from factory.pair import PairUp, pair
+from factory.pair import PairUp, pair, unpaired
 from factory.plan import Step, Until, plan
 from factory.progress import bar, growing, say
-from factory.prompt_spool import spooled
+from factory.prompt_spool import side_by_side, spooled
 from factory.prompts import PromptLists, lint, load
 from factory.publish import publish
 from factory.recipe import Recipe
@@ -48,7 +50,8 @@ from factory.rounds import Measured, Rounds
 from factory.rows import Prompt, Row, Sample, digest, union
 from factory.rubric import load as load_rubric
 from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
-from factory.shape import Shape, shape, student_view
+from factory.score import Score, score
+from factory.shape import Shape, lacking_truth, shape, student_view
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train, train
 
@@ -57,7 +60,7 @@ UNITS = {"generate": "draws", "pair": "prompts", "train": "rows", "evaluate": "a
 
 def run(
     recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
-    wait: float | None = None, prompts: PromptLists | None = None,
+    wait: float | None = None, prompts: PromptLists | None = None, allow_code: bool = False,
 ) -> Path:  # fmt: skip
     """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
 
@@ -65,13 +68,12 @@ def run(
     doomed stage stops early, and a run that ends above it raises TooManyFailures when everything else is done.
     `retry_failed` asks again for draws without an answer.
     `wait`: where a batch is submitted, stay until it is done, looking at it first after so many seconds; None raises Waiting.
-    `prompts`: the recipe's own, where they are read already.
+    `prompts`: the recipe's own, where they are read already. `allow_code`: the filter `code` may run what models wrote.
     """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
-        work = Work(
-            recipe, prompts or load(recipe.prompts, recipe.seed, find), runs, journal, max_failed, retry_failed, wait
-        )
+        prompts = prompts or load(recipe.prompts, recipe.seed, find)
+        work = Work(recipe, prompts, runs, journal, max_failed, retry_failed, wait, allow_code)
         try:
             work.begin(steps)
             rounds = Rounds(steps)
@@ -104,7 +106,7 @@ class Work:
 
     def __init__(
         self, recipe: Recipe, prompts: PromptLists, runs: Path, journal: Journal, max_failed: float, retry_failed: bool,
-        wait: float | None,
+        wait: float | None, allow_code: bool = False,
     ) -> None:  # fmt: skip
         self.recipe, self.prompts, self.runs, self.journal = recipe, prompts, runs, journal
         self.max_failed, self.retry_failed = max_failed, retry_failed
@@ -112,7 +114,7 @@ class Work:
         self.made: dict[int, StageFolder] = {}
         self.rows: dict[str, dict[str, int]] = {}
         self.gates: list[Gate] = []
-        self.models = Models(recipe.models, recipe.first_student(), runs)
+        self.models = Models(recipe.models, recipe.first_student(), runs, allow_code)
         self.naming = Naming(recipe, self.prompts, self.models, self.folder)
         journal.clock(recipe.name)
         if retry_failed:
@@ -130,6 +132,12 @@ class Work:
         for stage in self.recipe.stages:
             if isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
+            elif isinstance(stage, Curate):
+                for one in stage.filters:
+                    if isinstance(one, Contamination):
+                        deque(one.texts(), maxlen=0)
+        for verifier in self.recipe.verifiers():
+            verifier.open(self.models)
         for finding in foresee(self.recipe, steps, self.prompts):
             if finding.fatal:
                 raise RecipeError(str(finding))
@@ -227,18 +235,27 @@ class Work:
             case Evaluate() as knobs:
                 planned = self._evaluate(knobs, step, out, facts)
             case Given():
-                planned = _put_all(out, given(self._prompts(step)), step.title)
+                planned = _put_all(out, given(self._answered(step)), step.title)
             case PairUp() as knobs:
-                planned = self._pair(knobs, step, out)
+                planned = self._pair(knobs, step, out, facts)
             case Curate() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, curate(knobs, partial(self._groups, step), self.models), step.title, planned)
+                _put_all(
+                    out, curate(knobs, partial(self._groups, step), self.models, self.recipe.seed), step.title, planned
+                )
+            case Score() as knobs:
+                planned = self._rows_in(step)
+                _put_all(out, score(knobs, self._groups(step), self.models), step.title, planned)
             case Choose() as knobs:
                 planned = self._rows_in(step)
-                _put_all(out, choose(knobs, self._groups(step)), step.title, planned)
+                _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)
+                if lacking := unmet(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)
+                if lacking := lacking_truth(knobs, self._groups(step)):
+                    facts["warnings"] = lacking
         if "requests" in facts and (servers := self.models.served(self.naming.asked(step))):
             facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)
@@ -264,6 +281,11 @@ class Work:
             if isinstance(step.knobs, Given) or prompt.id not in seen:
                 seen.add(prompt.id)
                 yield prompt
+
+    def _answered(self, step: Step) -> Iterable[Prompt]:
+        """Prompts with the answers that they bring; those of one prompt together, wherever they stand."""
+        distinct = len(step.sets) == 1 and self.prompts.distinct(step.sets[0])
+        return self._prompts(step) if distinct else side_by_side(spooled(self._prompts(step)))
 
     def asker(self, knobs: Generate) -> Asker:
         opened = knobs.ask.open(find)
@@ -293,6 +315,10 @@ class Work:
 
         asyncio.run(collect())
         facts |= _cost(teaching.tallies) | cohorts.facts()
+        # what a fallback has mended is not lost
+        facts["draws"] = {"planned": teaching.planned, "unanswered": out.counts["failed"]}
+        if knobs.want and out.counts["kept"] < knobs.want:
+            facts["warnings"].append(f"want: {knobs.want}, but all prompts together gave {out.counts['kept']} answers")
         for line in facts["warnings"]:
             say(f"  warning: {line}")
         return teaching.planned
@@ -301,15 +327,19 @@ class Work:
         total, model = self._rows_in(step), self.models.open(knobs.model)
         rubric = load_rubric(find(knobs.rubric))
         reopen = partial(self._samples, step)
-        tally, scored = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
-        _put_all(out, scored, step.title, total)
-        facts |= _cost([tally])
-        facts["draws"] |= {"unreadable": out.reasons[UNREADABLE] + out.reasons[TRUNCATED], "flaw": tally.flaw}
+        judged = asyncio.run(judge(knobs, rubric, reopen, total, model, self.desk, self.recipe.seed))
+        _put_all(out, judged.samples, step.title, total)
+        facts |= {**_cost([judged.tally]), **judged.facts, "draws": lost(out.reasons, total, judged.tally)}
+        for line in judged.facts.get("warnings", []):
+            say(f"{step.title}: {line}")
         return total
 
-    def _pair(self, knobs: PairUp, step: Step, out: StageWriter) -> int:
-        """The unit is the prompt, and each gives one row: a pair, or the reason why not."""
+    def _pair(self, knobs: PairUp, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
+        """The unit is the prompt, and each gives pairs, or the reason why not; for KTO it is the sample."""
         view = partial(student_view, self.recipe.view())
+        if knobs.form == "kto":
+            facts["unit"] = "samples"
+            return _put_all(out, unpaired(knobs, self._groups(step), view), step.title, self._rows_in(step))
         _put_all(out, pair(knobs, self._groups(step), self.recipe.seed, view), step.title)
         return sum(1 for _ in self._groups(step))
 
@@ -356,12 +386,13 @@ class Work:
         return _put_all(out, answers, step.title)
 
 
-def _put_all(out: StageWriter, rows: Iterable[Row], label: str, total: int | None = None) -> int:
-    """Write all rows, showing how far it is; returns how many."""
+def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, total: int | None = None) -> int:
+    """Write all rows, showing how far it is; returns how many. Rows in a list are one unit together."""
     count = 0
     with bar(label, total) as advance:
-        for row in rows:
-            out.put(row)
+        for unit in rows:
+            for i, row in enumerate([unit] if isinstance(unit, Row) else unit):
+                out.put(row, units=int(i == 0))
             count += 1
             if count % 100 == 0:
                 advance(100)

@@ -15,16 +15,18 @@ from factory.judge import Judge
 from factory.mistakes import Problem
 from factory.pair import PairUp
 from factory.recipe import Recipe
+from factory.score import Score
 from factory.shape import Shape
 from factory.stages import Repeat, Round, Stage
 from factory.train import METHODS, Train
 from factory.yamlfile import Path_
 
 Until = Literal["build", "train", "eval", "run"]
-Made = Literal["samples", "rows", "pairs"]
+Made = Literal["samples", "rows", "pairs", "unpaired rows"]
 
 MAKES: dict[type, Made] = {
-    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Choose: "samples", Shape: "rows", PairUp: "pairs",
+    Generate: "samples", Given: "samples", Curate: "samples", Judge: "samples", Score: "samples", Choose: "samples",
+    Shape: "rows", PairUp: "pairs",
 }  # fmt: skip
 
 
@@ -109,23 +111,24 @@ class _Drawing:
         self.done.append(stage)
 
     def _add_train(self, stage: Train, reads: tuple[int, ...], at: Path_) -> None:
-        wanted: Made = METHODS[stage.method].reads
+        wanted: tuple[Made, ...] = METHODS[stage.method].reads
+        of_rows = "rows" in wanted
         if not reads:
-            reads = self._latest("samples", "rows") if wanted == "rows" else self._latest("pairs")
-        if not reads and wanted == "rows":
+            reads = self._latest("samples", "rows") if of_rows else self._latest(*wanted)
+        if not reads and of_rows:
             reads = (self._put(Given(), (), self._all_sets),)
         if not reads:
-            self.problems.append((at, f"nothing before it makes {wanted}; put a `pair` stage there"))
-        elif wanted == "rows" and all(self._made[number] == "samples" for number in reads):
+            self.problems.append((at, f"nothing before it makes {wanted[0]}; put a `pair` stage there"))
+        elif of_rows and all(self._made[number] == "samples" for number in reads):
             reads = (self._put(Shape(), reads, ()),)
-        if wrong := [n for n in reads if self._made[n] != wanted]:
-            self.problems.append((at, f"{stage.method} trains on {wanted}, but reads {self._made[wrong[0]]}"))
+        if wrong := [n for n in reads if self._made[n] not in wanted]:
+            self.problems.append((at, f"{stage.method} trains on {wanted[0]}, but reads {self._made[wrong[0]]}"))
         self._put(stage, reads, ())
         self.trained = True
 
     def finish(self) -> None:
         """A data set wants training rows: shape the last samples, unless pairs or rows came last."""
-        last = self._latest("samples", "rows", "pairs") or (self._put(Given(), (), self._all_sets),)
+        last = self._latest("samples", "rows", "pairs", "unpaired rows") or (self._put(Given(), (), self._all_sets),)
         if self._made[last[-1]] == "samples":
             self._put(Shape(), last, ())
 
@@ -137,7 +140,8 @@ class _Drawing:
         number = len(self.steps) + 1
         self.steps.append(Step(number, knobs, reads, sets, self.round))
         if type(knobs) in MAKES:
-            self._made[number] = MAKES[type(knobs)]
+            kto = isinstance(knobs, PairUp) and knobs.form == "kto"
+            self._made[number] = "unpaired rows" if kto else MAKES[type(knobs)]
         if knobs.as_ and not isinstance(knobs, Train):
             self._named[knobs.as_] = number
         return number

@@ -58,7 +58,7 @@ def _made_up(recipe: Recipe, step: Step, prompts: PromptLists) -> Iterator[dict[
 
     def row(prompt: Prompt) -> TrainRow | Pair:
         view, answer = student_view(recipe.view(), prompt), prompt.reference or prompt.completion or STANDS_FOR
-        if METHODS[step.knobs.method].reads == "pairs":  # type: ignore[union-attr]
+        if "pairs" in METHODS[step.knobs.method].reads:  # type: ignore[union-attr]
             return Pair(id=prompt.id, prompt=view, chosen=said(answer), rejected=said(f"Not: {answer}"))
         return TrainRow(id=prompt.id, prompt=view, completion=said(answer))
 

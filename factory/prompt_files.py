@@ -1,12 +1,14 @@
-"""Files in: from a path in a recipe to rows with the number of their line, streamed.
+"""Files in: from a path in a recipe to rows with the number of their line, streamed (but a `.json` array, read whole).
 
-Text, JSON lines and CSV need nothing; parquet, folders and Hugging Face data sets need the extra `parquet`. A file that
+Text, JSON, JSON lines, CSV and TSV need nothing; parquet, folders and Hugging Face data sets need the extra `parquet`. A file that
 is not what its name says is an error with file, line and column: guessing would put garbage in front of a teacher.
 """
 
 import csv
+import hashlib
 import importlib
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
@@ -51,6 +53,16 @@ def read(path: str, split: str | None, find: Find) -> Numbered:
 def is_hub_id(path: str, find: Find) -> bool:
     """Whether a path names a data set on the hub: `owner/name`, and no folder `owner` is found here."""
     return bool(HUB_ID.match(path)) and Path(path).suffix not in READERS and not _exists(str(Path(path).parent), find)
+
+
+def content(there: Path) -> str:
+    """Hex hash of a file's bytes, or of all files of a folder: equal when there is the same in them."""
+    files = sorted(one for one in there.rglob("*") if one.is_file()) if there.is_dir() else [there]
+    total = hashlib.blake2b(digest_size=16)
+    for one in files:
+        with one.open("rb") as file:
+            total.update(hashlib.file_digest(file, "blake2b").digest())
+    return total.hexdigest()
 
 
 def _exists(path: str, find: Find) -> bool:
@@ -107,11 +119,32 @@ def _column(line: str, error: Exception) -> int:
     return len(line.encode()[: int(byte[1])].decode(errors="ignore")) + 1 if byte else len(line.rstrip())
 
 
-def _csv(path: Path) -> Numbered:
+def _json(path: Path) -> Numbered:
+    """One array of objects, in memory as a whole; counted from 1, since lines say nothing here."""
+    try:
+        rows = msgspec.json.decode(path.read_bytes().removeprefix(BOM_UTF8))
+    except OSError as e:
+        raise RecipeError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:  # no JSON, not UTF-8, nested too deeply
+        hint = "one array of objects; for one object per line call the file .jsonl"
+        raise RecipeError(f"{path}: not JSON: {e}; {hint}") from None
+    if not isinstance(rows, list):
+        raise RecipeError(f"{path}: it holds one {type(rows).__name__}, not an array of objects; give the array alone")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RecipeError(f"{path}: item {number}: a row is an object with columns, not {str(row)[:40]!r}")
+        yield number, row
+
+
+def _tsv(path: Path) -> Numbered:
+    return _csv(path, "\t")
+
+
+def _csv(path: Path, separator: str | None = None) -> Numbered:
     csv.field_size_limit(MAX_LINE)
     lines = (line for _, line in _lines(path))
     first = next(lines, "")
-    separator = _separator(first)
+    separator = separator or _separator(first)
     reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
     start = 1
     try:
@@ -137,7 +170,7 @@ def _separator(header: str) -> str:
 
 
 def _parquet(path: Path) -> Numbered:
-    parquet = _extra("pyarrow.parquet", path)
+    parquet = extra("pyarrow.parquet", path)
     with _readable(str(path)):
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
@@ -145,7 +178,7 @@ def _parquet(path: Path) -> Numbered:
 
 def _dataset(path: str, split: str | None) -> Numbered:
     """A hub data set, a folder that looks like one, or what `save_to_disk` wrote; remote ones are streamed."""
-    datasets = _extra("datasets", path)
+    datasets = extra("datasets", path)
     with _readable(path):
         saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, streaming=True)
@@ -172,13 +205,16 @@ def _readable(path: str) -> Iterator[None]:
         raise RecipeError(f"{path}: cannot be read as a data set: {type(e).__name__}: {told}") from e
 
 
-def _extra(module: str, path: str | Path) -> Any:
+def extra(module: str, path: str | Path) -> Any:
+    """A module of the extra `parquet`, for a file that needs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise RecipeError(
-            f"{path}: reading it needs {module.partition('.')[0]}: pip install 'distillation-factory[parquet]'"
+            f"{path}: it needs {module.partition('.')[0]}: pip install 'distillation-factory[parquet]'"
         ) from None
 
 
-READERS: dict[str, Callable[[Path], Numbered]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet,
+}  # fmt: skip

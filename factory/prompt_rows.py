@@ -5,21 +5,24 @@
     conversations                    ShareGPT's turns: from, value
     system_prompt, question, response     OpenOrca
     instruction, input, output       Alpaca
+    chosen, rejected (+ prompt)      preferences, as TRL has them: answers, or two talks that differ in the last turn
 
 All of them may have `system`, `reference`, `tags` (a list, or a text with commas) and `completion` beside. A row that
-ends with the assistant brings its own answer: it becomes `Prompt.completion`.
+ends with the assistant brings its own answer: it becomes `Prompt.completion`; a `score` is that answer's. KTO's `label`
+(true, false) says whether it is wanted, as `chosen` and `rejected` do: the score `label` is 1 or 0.
 """
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from factory.errors import RecipeError
-from factory.rows import Message, Prompt
+from factory.rows import LABEL, Message, Prompt
 from factory.template import TooMuchOutput, compiled, is_template
 
-Column = Literal["prompt", "system", "messages", "reference", "completion", "tags"]
+Column = Literal["prompt", "system", "messages", "reference", "completion", "tags", "score", "chosen", "rejected"]
 Fields = dict[str, Any]
 Reader = Callable[[dict[str, Any], str], Prompt]
 
@@ -38,10 +41,11 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
     """
     mapped = {name: _column(text, f"columns.{name}") for name, text in columns.items()}
     by_form = not {"prompt", "messages"} & mapped.keys()
+    alone = {"chosen", "rejected"} <= mapped.keys()  # may hold the prompt, too
 
     def read(row: dict[str, Any], place: str) -> Prompt:
         if not mapped:
-            return _prompt(_recognised(row, place), source)
+            return _prompt({"label": row.get("label"), **_recognised(row, place)}, source)
         fields: Fields = {}
         wrong: list[str] = []  # all that is wrong with the columns is told at once
         for name, value in mapped.items():
@@ -53,7 +57,7 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
             try:
                 fields = {**_recognised(row, place), **fields}
             except RecipeError as e:
-                wrong.append(str(e))
+                wrong += [] if alone else [str(e)]
         if wrong:
             raise RecipeError("\n".join(wrong))
         return _prompt(fields, source)
@@ -97,6 +101,8 @@ def _column(text: str, where: str) -> Callable[[dict[str, Any], str], Any]:
 def _recognised(row: dict[str, Any], place: str) -> Fields:
     """The fields of a row in one of the known forms."""
     beside: Fields = {name: row[name] for name in ("system", "reference", "tags", "completion") if name in row}
+    if preferred := row.get("completion") is None and {"chosen", "rejected"} <= row.keys():
+        beside |= {"chosen": row["chosen"], "rejected": row["rejected"]}
     if "prompt" in row:
         return {"messages" if isinstance(row["prompt"], list) else "prompt": row["prompt"], **beside}
     if "messages" in row:
@@ -110,8 +116,11 @@ def _recognised(row: dict[str, Any], place: str) -> Fields:
             raise Unreadable("Alpaca's history is not supported; give messages")
         parts = [_text(row.get(name), name) for name in ("instruction", "input")]
         return {**beside, "prompt": "\n\n".join(filter(None, parts)), "completion": row.get("output")}
+    if preferred:
+        return beside
+    forms = "prompt, messages, conversations, instruction, system_prompt + question, chosen + rejected"
     raise RecipeError(
-        f"{place}: none of the known forms (prompt, messages, conversations, instruction, system_prompt + question); "
+        f"{place}: none of the known forms ({forms}); "
         f"{_columns_of(row)}; say which one to ask with `columns: {{prompt: NAME}}`"
     )
 
@@ -121,12 +130,15 @@ def _columns_of(row: Iterable[str]) -> str:
 
 
 def _prompt(fields: Fields, source: str) -> Prompt:
-    if "messages" in fields:
-        messages = _messages(fields["messages"])
-    else:
-        messages = [Message(role="user", content=_text(fields.get("prompt"), "prompt"))]
+    """Fields as a prompt; Unreadable where they hold the wrong things, or contradict each other."""
+    messages, scores, rejected = _asked(fields), _scores(fields), ""
     completion = _completion(fields.get("completion"))
-    if messages and messages[-1]["role"] == "assistant":
+    if fields.get("chosen") is not None or fields.get("rejected") is not None:
+        if completion:
+            raise Unreadable("two answers: chosen and the completion")
+        messages, completion, rejected = _preference(messages, fields.get("chosen"), fields.get("rejected"))
+        scores[LABEL] = 1.0
+    elif messages and messages[-1]["role"] == "assistant":
         if completion:
             raise Unreadable("two answers: the last message and the completion")
         completion = messages.pop()["content"]
@@ -136,10 +148,65 @@ def _prompt(fields: Fields, source: str) -> Prompt:
         messages.insert(0, Message(role="system", content=system))
     if not messages or messages[-1]["role"] != "user":
         raise Unreadable("no question: the messages do not end with the user, or with an answer to the user")
+    answered = bool(completion.strip())
     return Prompt.of(
-        messages, source=source, tags=_tags(fields.get("tags")), completion=completion if completion.strip() else None,
+        messages, source=source, tags=_tags(fields.get("tags")), completion=completion if answered else None,
+        rejected=rejected or None, scores=scores if answered else {},
         reference=_text(fields.get("reference"), "reference") or None,
     )  # fmt: skip
+
+
+def _asked(fields: Fields) -> list[Message]:
+    """What is said before the answer; nothing where chosen and rejected are whole talks."""
+    if "messages" in fields:
+        return _messages(fields["messages"])
+    if "prompt" not in fields and isinstance(fields.get("chosen"), list):
+        return []
+    return [Message(role="user", content=_text(fields.get("prompt"), "prompt"))]
+
+
+def _preference(messages: list[Message], chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
+    """The prompt, the better and the worse answer of a preference row."""
+    sides = [_side(chosen, "chosen"), _side(rejected, "rejected")]
+    (before, better), (before_too, worse) = sides
+    if before != before_too:
+        raise Unreadable("chosen and rejected answer different prompts")
+    if before and not all(turn in before for turn in messages):  # often the first user turn alone stands beside
+        raise Unreadable("chosen holds another prompt than the row")
+    if better.strip() == worse.strip():
+        raise Unreadable("chosen and rejected are the same")
+    return before or messages, better, worse
+
+
+def _side(value: Any, name: str) -> tuple[list[Message], str]:
+    """One side of a preference: the turns before the answer, where it is a talk, and the answer."""
+    turns = _messages(value) if isinstance(value, list) else [Message(role="assistant", content=_text(value, name))]
+    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise Unreadable(f"{name} does not end with an answer")
+    return turns[:-1], turns[-1]["content"]
+
+
+def _scores(fields: Fields) -> dict[str, float]:
+    """The scores that a row has of its answer; one that nobody gave is missing, not zero."""
+    scores: dict[str, float] = {}
+    if (score := _number(fields.get("score"))) is not None:
+        scores["score"] = score
+    if isinstance(label := fields.get("label"), bool):  # a class of a classification is no label of ours
+        scores[LABEL] = float(label)
+    return scores
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as text (CSV has nothing else); None for nothing, `N/A` and what is not finite."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "n/a", "none", "null")):
+        return None
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise Unreadable(f"score is not a number but {str(value)[:40]!r}")
+    return number if math.isfinite(number) else None
 
 
 def _messages(turns: Any) -> list[Message]:

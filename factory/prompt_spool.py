@@ -35,19 +35,20 @@ class Spool:
         return decode_prompt(os.pread(self._file.fileno(), end - start, start))
 
     def lines(self, numbers: Sequence[int]) -> Iterator[bytes]:
-        """Prompts as JSON, by ascending numbers; equal prompts are equal bytes."""
+        """Prompts as JSON, by their numbers; equal prompts are equal bytes. Ascending numbers are read by blocks."""
         self._file.flush()
         block, begins, ends = b"", 0, 0
         for number in numbers:
             start, end = self._starts[number], self._starts[number + 1]
-            if end > ends:
-                block = os.pread(self._file.fileno(), max(BLOCK, end - start), start)
+            if not begins <= start <= end <= ends:
+                size = end - start if start < begins or start > ends + BLOCK else max(BLOCK, end - start)
+                block = os.pread(self._file.fileno(), size, start)
                 begins, ends = start, start + len(block)
             yield block[start - begins : end - begins]
 
 
 class Part(Sequence[Prompt]):
-    """Some of a spool's prompts, by their ascending numbers. Slices are parts, too."""
+    """Some of a spool's prompts, by their numbers. Slices are parts, too."""
 
     def __init__(self, spool: Spool, numbers: Sequence[int]) -> None:
         self.spool, self.numbers = spool, numbers
@@ -76,6 +77,14 @@ class Part(Sequence[Prompt]):
         for line in self.spool.lines(self.numbers):
             running.update(line)
         return running.hexdigest()
+
+
+def side_by_side(part: Part) -> Part:
+    """The same prompts, those with the same id together, in the order of their first appearance."""
+    first: dict[int, int] = {}
+    places = array("Q", (first.setdefault(int(prompt.id, 16), i) for i, prompt in enumerate(part)))
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return Part(part.spool, array("Q", (part.numbers[i] for i in order)))
 
 
 def spooled(prompts: Iterable[Prompt]) -> Part:

@@ -35,13 +35,14 @@ NEAR = 0.8
 class PromptSet(Knobs):
     """One list of prompts. `columns` maps a field of ours to a column's name, or to a Jinja template over columns.
 
-    `held_out: all` is for a list that is only measured on.
+    `held_out: all` is for a list that is only measured on; `licence` is told in the data set's card.
     """
 
     path: str = Field(min_length=1)
     name: str | None = None
     split: str | None = None
     columns: dict[Column, str] = {}
+    licence: str | None = Field(None, min_length=1)
     take: int | None = Field(None, gt=0)
     held_out: Annotated[int, Field(ge=0)] | Literal["all"] = 0
 
@@ -101,7 +102,8 @@ class Funnel(Row, frozen=True, rename={"in_": "in"}):
 class PromptList:
     """One list, read and split. `lines` and `ids` (as numbers) are those of all `prompts`, kept or not; the sets hold ids
     of prompts that do not go into `train`. `wanted` is how many were to be held out, or "all"; `references` and `answers`,
-    how many prompts have one; `again`, how many bring another answer to a prompt that stands before them."""
+    how many prompts have one; `scores`, the names of the answers' scores; `again`, how many bring another answer to a prompt
+    that stands before them."""
 
     name: str
     wanted: int | Literal["all"] = 0
@@ -114,6 +116,7 @@ class PromptList:
     straddling: int = 0
     references: int = 0
     answers: int = 0
+    scores: set[str] = field(default_factory=set)
     again: int = 0
 
     def add(self, line: int, prompt: Prompt) -> None:
@@ -122,6 +125,7 @@ class PromptList:
         self.ids.append(int(prompt.id, 16))
         self.references += prompt.reference is not None
         self.answers += prompt.completion is not None
+        self.scores.update(prompt.scores)
 
     @property
     def kept(self) -> Iterator[tuple[int, Prompt]]:
@@ -277,7 +281,7 @@ class _Seen:
     def __init__(self, one: PromptList, path: str) -> None:
         self.one, self.path = one, path
         self._first: dict[int, int] = {}  # id -> position in the list
-        self._answers: dict[str, set[str]] = {}
+        self._answers: dict[int, int] = {}  # prompt and answer, of prompts that stand there again -> position
 
     def first(self, prompt: Prompt) -> int | None:
         """Where in the list the same messages stand already; a new prompt is remembered."""
@@ -293,11 +297,18 @@ class _Seen:
                 f"{self.path}: lines {first_line} and {line} ask the same, but their references differ: "
                 f"{_shown(first.reference)} and {_shown(prompt.reference)}"
             )
-        answers = self._answers.setdefault(prompt.id, {digest(first.completion)})
-        if (answer := digest(prompt.completion)) in answers:
-            return Ending(row=line, id=prompt.id, reason=f"duplicate: of line {first_line}", evidence=prompt.id)
-        answers.add(answer)
+        self._answers.setdefault(_answer(first), position)
+        here = len(self.one.lines)
+        if (same := self._answers.setdefault(_answer(prompt), here)) != here:
+            scores = self.one.prompts.read(same).scores  # which stand, whatever the row says
+            again = "duplicate" if scores == prompt.scores else "scored_twice"
+            reason = f"{again}: of line {self.one.lines[same]}"
+            return Ending(row=line, id=prompt.id, reason=reason, evidence=prompt.id)
         return None
+
+
+def _answer(prompt: Prompt) -> int:
+    return int(digest(prompt.id, prompt.completion, prompt.rejected, size=8), 16)
 
 
 def _shown(reference: str | None) -> str:

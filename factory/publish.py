@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from factory import dataset
 from factory.curate import Curate, accepts, row_filters
 from factory.evaluate import Evaluate
@@ -18,7 +20,7 @@ from factory.pair import PairUp
 from factory.plan import Step
 from factory.prompts import PromptLists
 from factory.recipe import Recipe
-from factory.rows import Pair, Sample, TrainRow, by_prompt
+from factory.rows import Pair, Sample, TrainRow, Unpaired, by_prompt
 from factory.run import StageFolder
 from factory.shape import Shape, shape
 from factory.train import Train
@@ -37,12 +39,19 @@ def publish(
         sources.append((last[-1].knobs.as_ or "default", (last[-1].number,)))
     configs = []
     for name, reads in sources:
-        preferences = all(isinstance(steps[number - 1].knobs, PairUp) for number in reads)
-        kind: type[Pair] | type[TrainRow] = Pair if preferences else TrainRow
-        test = (lambda: iter(())) if preferences else partial(_test_rows, recipe, prompts, models, steps, made)
+        kind = _kind(steps[reads[0] - 1])
+        has_test = kind is TrainRow
+        test = partial(_test_rows, recipe, prompts, models, steps, made) if has_test else lambda: iter(())
         train = partial(_rows, [made[number] for number in reads], kind)
         configs.append(dataset.Config(name=name, train=train, test=test))
-    return dataset.write(folder, name=recipe.name, configs=configs, card=_card(recipe, steps, made))
+    return dataset.write(folder, name=recipe.name, configs=configs, card=_card(recipe, prompts, steps, made))
+
+
+def _kind(step: Step) -> type[TrainRow] | type[Pair] | type[Unpaired]:
+    """The rows that a step has made."""
+    if not isinstance(step.knobs, PairUp):
+        return TrainRow
+    return Unpaired if step.knobs.form == "kto" else Pair
 
 
 def _rows(folders: list[StageFolder], kind: Any) -> Iterator[Any]:
@@ -61,15 +70,27 @@ def _test_rows(
         filters = [f for s in recipe.stages if isinstance(s, Curate) for f in row_filters(s, models)]
         held_out = chain.from_iterable(prompts.test(one.title) for one in recipe.prompts)
         answers = (sample for sample in given(held_out) if accepts(filters, sample) is None)
-    yield from (row for row in shape(recipe.view(), by_prompt(answers)) if isinstance(row, TrainRow))
+    shaped = chain.from_iterable(shape(recipe.view().measured, by_prompt(answers)))
+    yield from (row for row in shaped if isinstance(row, TrainRow))
 
 
-def _card(recipe: Recipe, steps: list[Step], made: Made) -> dict[str, Any]:
-    """The facts that the data set's card is made of; nothing that changes from run to run."""
+def _card(recipe: Recipe, prompts: PromptLists, steps: list[Step], made: Made) -> dict[str, Any]:
+    """The facts that the data set's card is made of; nothing that changes from run to run: what it cost is in the report."""
     terms = {name: {"model": getattr(e, "model", name), "terms": e.terms} for name, e in recipe.models.items()}
+    checks = [(step, one) for step in steps if isinstance(step.knobs, Curate) for one in step.knobs.filters]
     return {
         "recipe": recipe.name,
+        "lists": [to_builtins(told) for told in prompts.funnel],
         "funnel": [made[step.number].manifest for step in steps],
         "teachers": terms,
-        "prompts": [{"name": one.title, "path": one.path} for one in recipe.prompts],
+        "prompts": [{"name": one.title, "path": one.path, "licence": one.licence} for one in recipe.prompts],
+        "decontamination": [
+            {
+                "stage": step.title,
+                "knobs": one.model_dump(mode="json"),
+                "reasons": made[step.number].manifest["reasons"],
+            }
+            for step, one in checks
+            if one.kind == "contamination"
+        ],
     }

@@ -1,9 +1,11 @@
 """The recipe: one YAML file as a typed record. Every problem is reported at once, with file, line and nearest key."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +16,11 @@ from factory.choose import Choose
 from factory.curate import Curate
 from factory.errors import RecipeError
 from factory.evaluate import Evaluate
+from factory.filters.code import Code
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
+from factory.filters.threshold import Threshold
+from factory.filters.verifier import Verifier
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs
@@ -23,6 +28,7 @@ from factory.mistakes import Problem, nearest, salvage
 from factory.pair import PairUp
 from factory.prompts import PromptSet
 from factory.recipe_file import Source, read
+from factory.score import Score
 from factory.shape import Shape
 from factory.stages import Placed, Repeat, Stage, StageKnob, unrolled
 from factory.teachers import ModelEntry
@@ -78,6 +84,14 @@ class Recipe(Knobs):
     def place_of(self, knobs: Knobs) -> int | None:
         """Which of `stages` a stage is; None for one that goes without saying."""
         return next((i for i, stage in enumerate(self.stages) if stage is knobs), None)
+
+    def verifiers(self) -> Iterator[Verifier]:
+        """Those of all stages: what they need is looked for before anything is sent."""
+        for stage in self.stages:
+            filters = [*stage.filters] if isinstance(stage, Curate) else [getattr(stage, "of", None)]
+            yield from (one for one in filters if isinstance(one, Verifier))
+            if isinstance(stage, Evaluate):
+                yield stage.reference
 
     def taught(self, teacher: str | None) -> Generate | None:
         """The first `generate` that names a teacher: it is measured as it was asked there."""
@@ -149,7 +163,42 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f"models.{name}: {missing}")
         if isinstance(entry, Replay) and not Path(entry.path).exists():
             found.append(f"models.{name}: there is no file {entry.path}")
-    return found
+    if any(isinstance(one, Code) for one in recipe.verifiers()):
+        found.append(
+            "the filter code runs programs that models wrote on this machine: `factory run` needs --allow-code"
+        )
+    return [*found, *_asked_twice(recipe), *_own_judges(recipe)]
+
+
+def _asked_twice(recipe: Recipe) -> Iterator[str]:
+    """Two names of one model that both answer: equal requests have one answer."""
+    for stage in recipe.stages:
+        names = stage.models if isinstance(stage, Generate) else []
+        for name, other in itertools.combinations([n for n in names if n in recipe.models], 2):
+            if _alike(recipe.models[other], recipe.models[name]):
+                yield f"models.{other} is models.{name} under another name: every answer comes twice"
+
+
+def _own_judges(recipe: Recipe) -> Iterator[str]:
+    """Judges that may grade answers of their own: models favour these (Panickssery et al., arXiv 2404.13076)."""
+    asked = dict.fromkeys(name for stage in recipe.stages if isinstance(stage, Generate) for name in stage.models)
+    for stage, at, _ in recipe.placed:
+        if isinstance(stage, Judge):
+            mine = recipe.models.get(stage.model)
+            same = [
+                name
+                for name in asked
+                if name == stage.model or (mine is not None and _alike(recipe.models.get(name), mine))
+            ]
+            if same:
+                told = f"{stage.model!r} is the same model as {', '.join(map(repr, same))}, whose answers the recipe asks for"
+                yield f"{'.'.join(map(str, at))}: {told}: judges favour their own answers; take another one"
+
+
+def _alike(one: ModelEntry | None, other: ModelEntry) -> bool:
+    """The same model under two names."""
+    keys = ("type", "model", "base_url", "layers")
+    return one is not None and all(getattr(one, key, None) == getattr(other, key, None) for key in keys)
 
 
 # -- what no single record can know ----------------------------------------------------------------------------------
@@ -200,11 +249,24 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         if score == "logprob" and (silent := _tells_no_logprob(recipe, i)):
             yield at, f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
     match stage:
-        case Generate(until=until) if until and not (made.lacks("stages") or _next_is_filter(recipe, i)):
+        case Generate(until=until) if until and not (made.lacks("stages") or _filters_behind(recipe, i)):
             yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
+        case Generate(until=until) if until and any(one.control for one in _filters_behind(recipe, i)):
+            yield (
+                ("until",),
+                "until asks for what the filter accepts, so a random control behind it would be none; use n",
+            )
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
+        case Score(model=str(name)) if (entry := recipe.models.get(name)) is not None:
+            if not isinstance(entry, Weights):
+                yield (
+                    ("model",),
+                    f"models.{name} is `type: {entry.type}`; a scorer's weights are local: `type: transformers`",
+                )
+            elif stage.by == "reward" and (entry.layers is not None or entry.model.endswith(".gguf")):
+                yield ("model",), f"models.{name}: a reward model is a whole folder, without `layers` and no .gguf"
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
             if (start := recipe.models.get(stage.student)) and not isinstance(start, Weights):
@@ -236,6 +298,8 @@ def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
         case Curate():
             ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
             yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)
+            limited = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Threshold))
+            yield from (((k, one.kind, "name"), one.name) for k, one in limited)
 
 
 def _names_lost(made: Draft) -> set[str]:
@@ -265,8 +329,10 @@ def _no_tokenizer(recipe: Recipe, counting: Tokens) -> str | None:
     return None
 
 
-def _next_is_filter(recipe: Recipe, i: int) -> bool:
-    return i + 1 < len(recipe.stages) and isinstance(recipe.stages[i + 1], Curate)
+def _filters_behind(recipe: Recipe, i: int) -> list[Curate]:
+    """The `filter` stages right behind stage `i`."""
+    behind = takewhile(lambda stage: isinstance(stage, Curate), recipe.stages[i + 1 :])
+    return [stage for stage in behind if isinstance(stage, Curate)]
 
 
 def _tells_no_logprob(recipe: Recipe, i: int) -> str | None:
@@ -285,8 +351,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield "fallback", stage.fallback
         case Curate():
             yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
-        case Judge():
-            yield "model", stage.model
+        case Judge() | Score(model=str()):
+            yield "model", str(stage.model)
         case Train():
             yield "student", stage.student
             if stage.teacher:

@@ -13,13 +13,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from factory.findings import findings
+from factory.audit import audit
+from factory.findings import findings, length_predicts
 from factory.measures import RATES
-from factory.pair import audit
-from factory.rows import Pair, Row
+from factory.rejects import rejects
+from factory.rows import Pair, Row, Unpaired
 from factory.run import StageFolder, write_bytes, write_json
 
-SAMPLE_STAGES = ("given", "generate", "filter", "judge", "choose")
+SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
 CHARTED = ("accepted", "correct", "finished", "pass@", "teacher_loss", "words")
@@ -70,10 +71,18 @@ def collect(run: Path) -> dict[str, Any]:
         "spent": _spent(manifest),
         "training": [_training(folder, told) for folder, told in stages if told["stage"] == "train"],
         "pairs": _pairs(stages),
+        "rejects": rejects(stages, manifest["seed"]),
+        "judging": [
+            {"stage": _title(told), **{key: told.get(key) for key in ("canaries", "gold")}}
+            for _, told in stages
+            if "canaries" in told or "gold" in told
+        ],
         "samples": list(chain.from_iterable(e["samples"] for e in evaluations))[:MAX_SAMPLES],
         "lengths": _lengths(stages),
         "warnings": _warnings(stages, evaluations),
     }
+    if hint := length_predicts(report["pairs"]):
+        report["warnings"].append(f"pairs: {hint}")
     return {**report, "findings": findings(report)}
 
 
@@ -145,7 +154,10 @@ def _curve(told: dict[str, Any]) -> list[dict[str, float]]:
 def _pairs(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any] | None:
     """What the last pairs would teach besides quality."""
     found = [folder for folder, told in stages if told["stage"] == "pair"]
-    return audit(found[-1].rows(Pair)) if found else None
+    if not found:
+        return None
+    kto = found[-1].manifest.get("knobs", {}).get("form") == "kto"
+    return audit(found[-1].rows(Unpaired if kto else Pair))
 
 
 def _lengths(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any]:
@@ -183,7 +195,15 @@ def _warnings(stages: list[tuple[StageFolder, dict[str, Any]]], evaluations: lis
             count = f"{draws['unreadable']:,} of {draws['planned']:,}"
             told.append(f"{_title(m)}: {count} verdicts could not be read; the first verdict: {draws['flaw']}")
     told += [f"{_title(m)}: nothing was kept" for _, m in stages if m["in"] and not m["kept"]]
+    told += [f"{_title(m)}: {note}" for folder, m in stages for note in _training_notes(folder, m)]
     return told + [note for evaluation in evaluations for note in evaluation.get("notes", [])]
+
+
+def _training_notes(folder: StageFolder, manifest: dict[str, Any]) -> list[str]:
+    """What the trainer changed of the student's tokens, or does not do with the rows."""
+    path = folder.path / "training.json"
+    notes: list[str] = _json(path).get("notes", []) if manifest["stage"] == "train" and path.is_file() else []
+    return notes
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -35,13 +35,16 @@ class Prompt(Row, frozen=True):
     """What is to be answered.
 
     `id` hashes the messages alone. `reference` is the known right answer (for checks, Seq-Inter and the
-    `reference` teacher); `completion` is an answer that came with the row and may be curated as it is.
+    `reference` teacher); `completion` is an answer that came with the row and may be curated as it is; `scores` are that
+    answer's, and `rejected` is the one that people (or another judge) found worse.
     """
 
     id: str
     messages: list[Message]
     reference: str | None = None
     completion: str | None = None
+    rejected: str | None = None
+    scores: dict[str, float] = {}
     source: str = ""
     tags: list[str] = []
 
@@ -53,6 +56,14 @@ class Prompt(Row, frozen=True):
     def text(self) -> str:
         """The last user turn: what filters compare an answer with."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+LABEL = "label"
+"""The score of answers that came as wanted (1) or not wanted (0): preference rows, and KTO's, who has the word."""
+
+
+GIVEN = "given"
+"""The model of answers that came with their rows."""
 
 
 class Beam(Row, frozen=True):
@@ -195,10 +206,11 @@ def endings(outcome: Outcome, n: int) -> list[tuple[str, int | None]]:
 class Look(Row, frozen=True):
     """What a look at a batch has found: so many requests answered; `ended` is the provider's word for how it ended.
 
-    `refused`: the provider ended it before any of its requests ran.
+    `refused`: the provider ended it before any of its requests ran. `succeeded`: of the answered ones, those with an answer.
     """
 
     answered: int
+    succeeded: int = 0
     ended: str | None = None
     refused: Failure | None = None
 
@@ -260,11 +272,13 @@ class Sample(Row, frozen=True):
 
 
 class TrainRow(Row, frozen=True):
-    """What supervised training reads: the asking is already erased."""
+    """What supervised training reads: the asking is already erased. The first `masked` characters of the completion are
+    seen, but not learned."""
 
     id: str
     prompt: list[Message]
     completion: list[Message]
+    masked: int = 0
     task: str = "answer"
     weight: float = 1.0
     source: str = ""
@@ -286,6 +300,19 @@ class Pair(Row, frozen=True):
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: str = ""
+    parents: list[str] = []
+
+
+class Unpaired(Row, frozen=True):
+    """What KTO reads: an answer, and whether it is desirable."""
+
+    id: str
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    score: float | None = None
+    source: str = ""
+    model: str = ""
     parents: list[str] = []
 
 

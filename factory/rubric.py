@@ -1,15 +1,15 @@
-"""Rubric files: what a judge is asked, and how its score is read, strictly.
+"""Rubric files: what a judge is asked.
 
 A rubric is Markdown with a YAML head (`name`, `scale: [low, high]`, `origin`, `licence`) and the blanks `{{ prompt }}`,
 `{{ response }}`, `{{ reference }}` and `{{ fence }}`, a word for the borders of the answer that the answer cannot know.
 Only the file is a template: what fills the blanks is data. `examples` in the head are graded turns before the real one: a
-small judge follows examples where it ignores orders. A score that cannot be read is missing: the best-known
-preference set read "1" as 10 in thousands of rows.
+small judge follows examples where it ignores orders. `aspects` are scored one by one, and `overall` is one of them or
+their mean. Where several answers are shown, `{{ response }}` is all of them, numbered and each within borders.
 """
 
 import re
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import jinja2
 import jinja2.sandbox
@@ -25,8 +25,6 @@ from factory.rows import Message, Prompt, Sample, digest
 BLANKS = ("prompt", "response", "reference", "fence")
 
 _HEAD = re.compile(r"---\n(.*?\n)---\n(.*)", re.DOTALL)
-_MARKER = re.compile(r"^[ \t>*_#-]*score[*_ \t]*:[*_ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
-_PLAIN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+))?[\s.*_]*")
 _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 
@@ -39,6 +37,9 @@ class Example(Knobs):
     score: float
 
 
+Aspect = Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
+
+
 class Head(Knobs):
     """What a rubric says of itself; `scale` is inclusive on both ends."""
 
@@ -47,6 +48,8 @@ class Head(Knobs):
     origin: str
     licence: str
     examples: list[Example] = []
+    aspects: list[Aspect] = []
+    overall: str = "mean"
 
     @field_validator("scale")
     @classmethod
@@ -59,6 +62,10 @@ class Head(Knobs):
     def _examples_on_the_scale(self) -> Self:
         if wrong := [one.score for one in self.examples if not self.scale[0] <= one.score <= self.scale[1]]:
             raise ValueError(f"an example has the score {wrong[0]:g}, which is not on the scale")
+        if self.aspects and self.overall not in ("mean", *self.aspects):
+            raise ValueError(f"overall: write mean, or one of the aspects ({', '.join(self.aspects)})")
+        if self.aspects and self.examples:
+            raise ValueError("examples have one score each; a rubric with aspects has none")
         return self
 
 
@@ -67,6 +74,8 @@ class Rubric(NamedTuple):
 
     head: Head
     template: jinja2.Template
+    guided: bool = False
+    """Whether it makes no sense without a reference."""
 
 
 def load(path: Path) -> Rubric:
@@ -85,7 +94,18 @@ def load(path: Path) -> Rubric:
             f"{path}:1: a rubric starts with a head between two lines of ---: name, scale, origin, licence"
         )
     # blank lines before each part: so it counts lines as the file does
-    return Rubric(_head("\n" + parts[1], path), _template("\n" * text[: parts.start(2)].count("\n") + parts[2], path))
+    head = _head("\n" + parts[1], path)
+    body = "\n" * text[: parts.start(2)].count("\n") + parts[2]
+    return Rubric(head, _template(body, path), _guided(body))
+
+
+def _guided(text: str) -> bool:
+    """Whether the reference is used, and not only `{% if reference %}`."""
+    tree = _ENVIRONMENT.parse(text)
+    named = [node.name for node in tree.find_all(nodes.Name)]
+    tested = [name.name for node in tree.find_all(nodes.If) for name in node.test.find_all(nodes.Name)]
+    tested += [node.test.name for node in tree.find_all(nodes.If) if isinstance(node.test, nodes.Name)]
+    return "reference" in named and "reference" not in tested
 
 
 def _head(text: str, path: Path) -> Head:
@@ -112,18 +132,26 @@ def _template(text: str, path: Path) -> jinja2.Template:
     return template
 
 
-def render(rubric: Rubric, sample: Sample) -> list[Message]:
-    """What the judge is asked about a sample, after the examples with their scores."""
+def render(rubric: Rubric, *answers: Sample, numbered: bool = False) -> list[Message]:
+    """What the judge is asked about answers to one prompt, after the examples with their scores."""
     turns: list[Message] = []
     for one in rubric.head.examples:
-        turns.append(_asked(rubric, one.prompt, one.response, one.reference))
+        turns.append(_asked(rubric, one.prompt, [one.response], one.reference, False))
         turns.append(Message(role="assistant", content=f"Score: {one.score:g}"))
-    return [*turns, _asked(rubric, _said(sample.prompt), sample.response, sample.prompt.reference or "")]
+    prompt = answers[0].prompt
+    return [*turns, _asked(rubric, _said(prompt), [one.response for one in answers], prompt.reference or "", numbered)]
 
 
-def _asked(rubric: Rubric, prompt: str, response: str, reference: str) -> Message:
-    fence = digest(prompt, response, size=8)
-    text = rubric.template.render(prompt=prompt, response=response, reference=reference, fence=fence)
+def fence(prompt: str, *responses: str) -> str:
+    """A word that these answers cannot know: it is made of them."""
+    return digest(prompt, *responses, size=8)
+
+
+def _asked(rubric: Rubric, prompt: str, responses: list[str], reference: str, numbered: bool) -> Message:
+    border = fence(prompt, *responses)
+    each = (f"ANSWER {k} {border}\n{text}\nEND OF ANSWER {k} {border}" for k, text in enumerate(responses, 1))
+    shown = "\n\n".join(each) if numbered else responses[0]
+    text = rubric.template.render(prompt=prompt, response=shown, reference=reference, fence=border)
     return Message(role="user", content=text.strip())
 
 
@@ -132,21 +160,3 @@ def _said(prompt: Prompt) -> str:
     if [message["role"] for message in prompt.messages] == ["user"]:
         return prompt.text
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
-
-
-def read_score(rubric: Rubric, text: str) -> float | None:
-    """The number after `Score:` at the start of a line.
-
-    None unless it is one plain number within the scale, and the same wherever the text has such a line.
-    """
-    scores = {_plain_number(rubric.head.scale, told) for told in _MARKER.findall(text)}
-    return scores.pop() if len(scores) == 1 else None
-
-
-def _plain_number(scale: tuple[float, float], told: str) -> float | None:
-    low, high = scale
-    found = _PLAIN.fullmatch(told.strip())
-    if found is None or (found[2] is not None and float(found[2]) != high):
-        return None  # "1/10" on a scale to 5 is another scale, not a 1
-    value = float(found[1])
-    return value if low <= value <= high else None

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from factory.batch_journal import OPEN, Batch
-from factory.errors import RecipeError
+from factory.errors import DiskError, RecipeError
 from factory.ledger import reading
 from factory.prompts import Funnel
 from factory.recipe_file import shipped
@@ -75,7 +75,9 @@ def describe(folder: Path) -> str:
             for row in _read(path, dict[str, Any])["rows"]:
                 span = f"{row['low']:.3f} to {row['high']:.3f}"
                 lines.append(f"{row['model']:16} {row['measure']:18} {row['value']:8.3f}  {span:18} {row['n']}")
-    for batch in _open_batches(folder.parent / "journal.sqlite", run.name):
+    batches, unknown = _open_batches(folder.parent / "journal.sqlite", run.name)
+    lines += unknown
+    for batch in batches:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.submitted or batch.built))
         state = f"{batch.state} {since}, {batch.requests} requests, {batch.identity}"
         lines += ["", f"open batch {batch.handle or batch.tag}: {state}"]
@@ -93,14 +95,18 @@ def _counts(title: str, told: Funnel | _Stage, more: str = "") -> str:
     return f"{title:24} {told.unit:8} {counts}  {'; '.join(filter(None, (reasons, more)))}"
 
 
-def _open_batches(journal: Path, run: str) -> list[Batch]:
-    """The batches of a run that are not collected yet, also while another process holds the journal."""
+def _open_batches(journal: Path, run: str) -> tuple[list[Batch], list[str]]:
+    """The batches of a run that are not collected yet, also while another process holds the journal; and a line where that
+    cannot be told: a journal that cannot be opened (its log lies in a folder without write access, say) hides nothing else of a run."""
     if not journal.is_file():
-        return []
-    with reading(journal) as db:
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name='batch'").fetchone():
-            return []  # a journal from before there were batches
-        return [Batch(*row) for row in db.execute(f"{OPEN} AND run=? ORDER BY built", [run])]
+        return [], []
+    try:
+        with reading(journal) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name='batch'").fetchone():
+                return [], []  # a journal from before there were batches
+            return [Batch(*row) for row in db.execute(f"{OPEN} AND run=? ORDER BY built", [run])], []
+    except DiskError as e:
+        return [], ["", f"open batches: not known ({e})"]
 
 
 def _read(path: Path, kind: type[T]) -> T:

@@ -5,16 +5,42 @@ decide. The estimate's standard error is sqrt(s (1-s) / 128), about .04. What is
 """
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from itertools import pairwise
+from operator import add
 from typing import Any, NamedTuple
 
 from factory.rows import digest
 
-ARTICLES = ("a", "an", "the")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+ARTICLES = frozenset({"a", "an", "the"})
+_THOUSANDS = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
+
+_TYPED = {
+    "\u2019": "'",
+    "\u2018": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u2013": "~",
+    "\u2014": "~",
+    "\u2026": "...",
+    "\xa0": " ",
+}
+"""Printers' marks as marks that are levelled alike: with them alone, a text still goes the quick way."""
+_PLAIN = bytes(c for c in range(128) if chr(c) not in string.digits + "+#")
+"""ASCII text of these alone keeps none of its marks."""
+_STAYING = re.compile(
+    r"""(?:_|[^\w\s,;])(?<=\d.)(?=\d)   # 3.5
+    | -(?<!\w-)(?=\d)                   # -5
+    | [+#](?<=[A-Za-z].)                 # C#""",
+    re.ASCII | re.VERBOSE,
+)
+_TABLE = bytes(
+    32 if chr(c) in ",;" or (c < 128 and chr(c).isspace()) else ord(chr(c & 127).lower()) for c in range(256)
+)
+_BETWEEN_BLANKS = [f" {word} ".encode() for word in sorted(ARTICLES)]
+_DELETED = (string.punctuation.replace(",", "").replace(";", "")).encode()
 
 BANDS = 32
 PERMUTATIONS = 128
@@ -27,10 +53,36 @@ def normalised(text: str) -> str:
 
     Where nothing would be left ("A", "+"), what stands there counts.
     """
+    return " ".join(_levelled(text))
+
+
+def words(text: str) -> list[str]:
+    """The levelled words of a text; in scripts that are written without blanks, characters."""
+    levelled = _levelled(text)
+    return levelled if text.isascii() or (joined := " ".join(levelled)).isascii() else _words().findall(joined)
+
+
+def _levelled(text: str) -> list[str]:
+    if not text.isascii():
+        for printed, typed in _TYPED.items():
+            text = text.replace(printed, typed)
+    if text.isascii() and (quick := _levelled_ascii(text)):
+        return quick
     plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     spaced = _THOUSANDS.sub("", plain).replace(",", " ").replace(";", " ")
-    words = _marks().sub("", spaced).split() or plain.split()
-    return " ".join([word for word in words if word not in ARTICLES] or words)
+    found = _marks().sub("", spaced).split() or plain.split()
+    return [word for word in found if word not in ARTICLES] or found
+
+
+def _levelled_ascii(text: str) -> list[str]:
+    """The same for ASCII, ten times faster: marks that stay are lifted out of it for a moment. Empty if nothing is left."""
+    if text.encode().translate(None, _PLAIN):
+        text = _STAYING.sub(lambda mark: chr(ord(mark[0]) | 0x80), _THOUSANDS.sub("", text))
+    bare = b" %b " % text.encode("latin-1").translate(_TABLE, _DELETED)
+    for article in _BETWEEN_BLANKS:
+        while article in bare:
+            bare = bare.replace(article, b" ")
+    return bare.decode("ascii").split()
 
 
 @cache
@@ -52,10 +104,8 @@ class Index:
     """MinHash signatures in bands; a hit counts when the signatures agree enough."""
 
     def __init__(self, threshold: float) -> None:
-        from rensa import RMinHashLSH
-
         self.threshold = threshold
-        self._lsh: Any = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
+        self._lsh: Any = _rensa().RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
         self._signatures: list[Any] = []
         self._names: list[str] = []
         self._short: dict[str, str] = {}
@@ -64,9 +114,10 @@ class Index:
         """All texts so far whose similarity reaches the threshold, in the order they came."""
         if isinstance(signature, str):
             return [Twin(self._short[signature], 1.0)] if signature in self._short else []
-        hits = (
-            Twin(self._names[i], self._signatures[i].jaccard(signature)) for i in sorted(self._lsh.query(signature))
-        )
+        met = self._lsh.query(signature)
+        if not met:
+            return []
+        hits = (Twin(self._names[i], self._signatures[i].jaccard(signature)) for i in sorted(met))
         return [twin for twin in hits if twin.similarity >= self.threshold]
 
     def add(self, signature: Any, name: str) -> None:
@@ -80,9 +131,10 @@ class Index:
 
 def sketch(text: str) -> Any:
     """A MinHash of the text's word bigrams; of a short text a hash of the whole."""
-    words = _words().findall(normalised(text))
-    grams = [f"{a} {b}" for a, b in pairwise(words)]
-    return _minhash(grams) if len(grams) >= SHORT else digest(words)
+    told = words(text)
+    # no blank between the two, which would cost a tenth of all: hardly any other pair of words runs together to the same
+    grams = list(map(add, told, told[1:]))
+    return _minhash(grams) if len(grams) >= SHORT else digest(told)
 
 
 @cache
@@ -95,11 +147,17 @@ def _words() -> Any:
 
 
 def _minhash(grams: list[str]) -> Any:
-    from rensa import RMinHash
-
-    signature = RMinHash(num_perm=PERMUTATIONS, seed=42)
+    signature = _rensa().RMinHash(PERMUTATIONS, 42)  # 42: the seed
     signature.update(grams)
     return signature
+
+
+@cache
+def _rensa() -> Any:
+    """Loaded at the first use, and not looked up at each one."""
+    import rensa
+
+    return rensa
 
 
 def similar_to(

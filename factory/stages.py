@@ -16,11 +16,12 @@ from factory.generate import Generate
 from factory.judge import Judge
 from factory.knobs import Knobs, one_key
 from factory.pair import PairUp
+from factory.score import Score
 from factory.shape import Shape
 from factory.train import Train
 from factory.yamlfile import Path_
 
-Stage: TypeAlias = Generate | Curate | Judge | Choose | Shape | PairUp | Train | Evaluate
+Stage: TypeAlias = Generate | Curate | Judge | Score | Choose | Shape | PairUp | Train | Evaluate
 SHORT = {"filter": "filters"}
 
 

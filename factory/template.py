@@ -6,6 +6,7 @@ no loop in a loop, a handful of filters. Output ends at `MAX_OUTPUT`. Not covere
 looks through the whole text each time still takes the square of its length.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -100,12 +101,20 @@ def _environment() -> Any:
 
     environment = Data(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_blank_for_none)
     environment.globals.clear()
-    environment.filters = {name: environment.filters[name] for name in FILTERS} | {"join": _join}
+    environment.filters = {name: environment.filters[name] for name in FILTERS} | {"join": _join, "tojson": _json}
     return environment
 
 
 def _blank_for_none(value: Any) -> Any:
     return "" if value is None else value
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, marks of HTML left as they are."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) > MAX_OUTPUT:  # quotes are escaped, and escaped again, and again
+        raise TooMuchOutput
+    return text
 
 
 def _join(values: Iterable[Any], separator: str = "") -> str:

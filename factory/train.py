@@ -45,26 +45,22 @@ RENAMED = {
 
 
 class Method(NamedTuple):
-    """A way to learn: TRL's config class and its file, what kind of rows it reads, whether it needs a local teacher.
-
-    `rows_each`: rows that TRL makes of one of ours.
-    """
+    """A way to learn: TRL's config class and its file, what kinds of rows it reads, whether it needs a local teacher."""
 
     config: str
     file: str
-    reads: Literal["rows", "pairs"]
+    reads: tuple[Literal["rows", "pairs", "unpaired rows"], ...]
     teacher: bool = False
-    rows_each: int = 1
 
 
 METHODS = {
-    "sft": Method("SFTConfig", "trainer/sft_config.py", "rows"),
-    "gkd": Method("GKDConfig", "experimental/gkd/gkd_config.py", "rows", teacher=True),
-    "gold": Method("GOLDConfig", "experimental/gold/gold_config.py", "rows", teacher=True),
-    "dpo": Method("DPOConfig", "trainer/dpo_config.py", "pairs"),
-    "kto": Method("KTOConfig", "trainer/kto_config.py", "pairs", rows_each=2),
-    "orpo": Method("ORPOConfig", "experimental/orpo/orpo_config.py", "pairs"),
-    "simpo": Method("CPOConfig", "experimental/cpo/cpo_config.py", "pairs"),
+    "sft": Method("SFTConfig", "trainer/sft_config.py", ("rows",)),
+    "gkd": Method("GKDConfig", "experimental/gkd/gkd_config.py", ("rows",), teacher=True),
+    "gold": Method("GOLDConfig", "experimental/gold/gold_config.py", ("rows",), teacher=True),
+    "dpo": Method("DPOConfig", "trainer/dpo_config.py", ("pairs",)),
+    "kto": Method("KTOConfig", "trainer/kto_config.py", ("pairs", "unpaired rows")),
+    "orpo": Method("ORPOConfig", "experimental/orpo/orpo_config.py", ("pairs",)),
+    "simpo": Method("CPOConfig", "experimental/cpo/cpo_config.py", ("pairs",)),
 }
 
 REFUSED = "refused.txt"

@@ -66,7 +66,6 @@ FAULTS = [
     Planted("over-long answer", "longer than max_length=64", sft_row(0, LONG), args={"max_length": 64}),
     Planted("over-long prompt", "longer than max_length=64", sft_row(0) | {"prompt": said("user", LONG)}, args={"max_length": 64}),
     Planted("longer than the context", "longer than max_length=512", sft_row(0, "blue " * 600), args={"max_length": None}),
-    Planted("weights of rows", "weights other than 1", sft_row(0) | {"weight": 0.5}),
     Planted("tokenizer of another model", "but the model only 100: they do not belong together", embeddings=100),
     Planted("no marks for generation", "assistant_only_loss needs a chat template", args={"assistant_only_loss": True}),
     Planted("packing that cuts", "only bfd keeps rows whole", args={"packing": True, "packing_strategy": "wrapped"}),

@@ -29,7 +29,9 @@ def answers(*texts: str, **scores: Sequence[float]) -> list[Sample]:
 
 
 class Words:
-    """What filters may need from a run: here a tokenizer that counts words."""
+    """What filters may need from a run: here a tokenizer that counts words, and leave to run programs."""
+
+    allow_code = True
 
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         return lambda text: len(text.split())

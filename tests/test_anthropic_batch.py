@@ -72,10 +72,10 @@ def test_submit_leave_come_back_collect(tmp_path: Path, server: MessageBatchServ
     server.polls = 1
     for told in ("0 of 4", "0 of 4"):
         with pytest.raises(Waiting, match=f"batch msgbatch_0 is not done: {told}"):
-            ask(tmp_path, server, key="canary-key")
-    assert ask(tmp_path, server, key="canary-key") == 4
+            ask(tmp_path, server, key="canary-key-7")
+    assert ask(tmp_path, server, key="canary-key-7") == 4
     assert server.calls == {"submit": 1, "look": 2, "content": 1}
-    assert server.keys == {"canary-key"}
+    assert server.keys == {"canary-key-7"}
     body = {
         "model": "m",
         "messages": [{"role": "user", "content": "question 0"}],
@@ -185,11 +185,11 @@ def test_a_batch_that_never_arrived_is_submitted_again(tmp_path: Path, server: M
 def test_an_endpoint_that_refuses_a_batch_is_named(
     tmp_path: Path, server: MessageBatchServer, status: int, raised: type[FactoryError]
 ) -> None:
-    error = {"type": "error", "error": {"type": "x", "message": "the key canary-key is odd"}}
+    error = {"type": "error", "error": {"type": "x", "message": "the key canary-key-7 is odd"}}
     server.refuse["submit"] = (status, error)
     with pytest.raises(raised) as told:
-        ask(tmp_path, server, key="canary-key")
-    assert "canary-key" not in str(told.value)
+        ask(tmp_path, server, key="canary-key-7")
+    assert "canary-key-7" not in str(told.value)
     assert not server.calls["elsewhere"]
     server.refuse.clear()
     with pytest.raises(Waiting):
@@ -244,7 +244,7 @@ stages: [{{generate: {{model: teacher, n: 2, max_tokens: 16}}}}]
 def test_an_anthropic_model_in_a_recipe_is_asked_in_batches(
     tmp_path: Path, server: MessageBatchServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "canary-key")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "canary-key-7")
     server.outcome = lambda lines: ("", [native(line) for line in reversed(lines)], [])
     command = recipe(tmp_path, server)
     server.stall = "submit"
@@ -257,7 +257,7 @@ def test_an_anthropic_model_in_a_recipe_is_asked_in_batches(
     server.batches[0]["looks"] = 9
     assert cli.main(command) == 0
     assert server.calls["submit"] == 1
-    assert server.keys == {"canary-key"}
+    assert server.keys == {"canary-key-7"}
     rows = [json.loads(line) for line in (tmp_path / "runs/tiny/dataset/train.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in rows] == [f"answer to question {i}" for i in range(3) for _ in range(2)]
-    assert b"canary-key" not in b"".join(p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file())
+    assert b"canary-key-7" not in b"".join(p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file())

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -200,7 +201,7 @@ async def test_an_endpoint_that_is_not_there_is_an_outage(tmp_path: Path) -> Non
 
 
 async def test_a_redirect_is_not_followed_and_the_key_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_KEY", "canary-key")
+    monkeypatch.setenv("TEST_KEY", "canary-key-7")
     async with serving() as other:
 
         async def script(body: dict, before: int) -> web.Response:
@@ -210,9 +211,9 @@ async def test_a_redirect_is_not_followed_and_the_key_stays(tmp_path: Path, monk
             model = model_at(server.url, api_key_env="TEST_KEY")
             with pytest.raises(RecipeError, match="redirects are not followed"):
                 await ask(tmp_path, model, asks(model, questions(1)))
-    assert server.headers[0]["Authorization"] == "Bearer canary-key"
+    assert server.headers[0]["Authorization"] == "Bearer canary-key-7"
     assert not other.headers
-    assert b"canary-key" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert b"canary-key-7" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
 
 
 def test_a_missing_key_variable_is_named() -> None:
@@ -266,6 +267,67 @@ async def test_an_answer_that_is_none_costs_what_the_server_counted_or_else_the_
         spent = journal.spent("run")
     assert spent.prompt_tokens + spent.completion_tokens == 10 * each
     assert spent.usd == pytest.approx(10 * each / 1_000_000)
+
+
+async def test_a_schema_is_reserved_with_the_prompt(tmp_path: Path) -> None:
+    """A server counts it as part of the prompt; here one token a byte."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "title": "t" * 3000}}}
+
+    async def script(body: dict, before: int) -> dict:
+        size = len(json.dumps(body["messages"])) + len(json.dumps(body["response_format"], separators=(",", ":")))
+        return {**chat(body), "usage": {"prompt_tokens": size - 4, "completion_tokens": 5}}
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        with pytest.raises(BudgetError):
+            await ask(
+                tmp_path,
+                model,
+                asks(model, questions(20), max_tokens=10, response_format=wanted),
+                Budget(tokens=10_000),
+            )
+    assert 0 < sum(server.seen.values()) <= 3
+
+
+async def test_reasoning_that_only_the_total_counts_is_paid_for(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 115}
+        return {**chat(body), "usage": usage}
+
+    async with serving(script) as server:
+        model = model_at(server.url, price={"input": 1, "output": 10})
+        tally, _ = await ask(tmp_path, model, asks(model, questions(1)))
+    assert (tally.usage.completion_tokens, tally.usd) == (105, Decimal(10 + 1050) / 1_000_000)
+
+
+async def test_hours_end_also_while_a_teacher_asks_for_patience(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> web.Response:
+        return error(429, "slow down", **{"Retry-After": "60"})
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        started = time.monotonic()
+        with pytest.raises(BudgetError, match=r"budget\.hours: 0\.0003 are used up"):
+            await ask(tmp_path, model, asks(model, questions(9)), Budget(hours=0.0003))
+    assert time.monotonic() - started < 10
+
+
+async def test_a_prompt_that_alone_is_forbidden_is_set_aside(tmp_path: Path) -> None:
+    """First among others: what is on its way decides; then alone, at a later start."""
+
+    async def script(body: dict, before: int) -> web.Response | None:
+        if body["messages"][-1]["content"] == "question 0":
+            return error(403, "this prompt is not for you")
+        await asyncio.sleep(0.2)
+        return None
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        for count in (9, 9, 1):
+            tally, _ = await ask(tmp_path, model, asks(model, questions(count)))
+            assert [failure.reason for failure in tally.failures.values()] == ["forbidden"]
+        with pytest.raises(AuthError):  # a model that has never answered
+            await ask(tmp_path / "new", model, asks(model, questions(1)))
 
 
 async def test_hours_count_all_starts_together(tmp_path: Path) -> None:

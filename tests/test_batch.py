@@ -678,20 +678,20 @@ def test_results_that_break_off_are_fetched_again(tmp_path: Path, server: BatchS
 def test_the_key_goes_to_the_endpoint_and_into_no_file(
     tmp_path: Path, server: BatchServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TEST_KEY", "canary-key")
+    monkeypatch.setenv("TEST_KEY", "canary-key-7")
     write(tmp_path, server, api_key_env="TEST_KEY")
-    server.refuse["upload"] = (400, {"error": {"message": "the key canary-key is odd"}})
+    server.refuse["upload"] = (400, {"error": {"message": "the key canary-key-7 is odd"}})
     assert factory(tmp_path) == 2
     server.refuse.clear()
     server.outcome = lambda lines: (
         "completed",
-        [answered(ln, chat(ln["body"], ["canary-key", "b"])) for ln in lines],
+        [answered(ln, chat(ln["body"], ["canary-key-7", "b"])) for ln in lines],
         [],
     )
     until_done(tmp_path)
-    assert server.keys == {"Bearer canary-key"}
-    assert "canary-key" not in "".join(capsys.readouterr())
-    assert b"canary-key" not in b"".join(p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file())
+    assert server.keys == {"Bearer canary-key-7"}
+    assert "canary-key-7" not in "".join(capsys.readouterr())
+    assert b"canary-key-7" not in b"".join(p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file())
 
 
 def test_without_the_openai_client_its_extra_is_named(tmp_path: Path, server: BatchServer) -> None:

@@ -15,6 +15,7 @@ SMALL = [
     ("local", "--prompts=4 --tokens=4", ["differing_texts_that_are_no_ties"]),
     ("memory", "--prompts=1500", ["peak_mb_1500_prompts"]),
     ("scale", "--prompts=3000", ["requests_for_what_is_stored"]),
+    ("rules", "--rows=100 --stream=1000", ["planted_faults_that_stay"]),
     ("kills", "--prompts=120 --kills=4", [
         "stored_answers_lost", "stored_answers_paid_again", "duplicate_rows", "requests_beyond_prompts_per_kill",
         "most_requests_beyond_prompts_at_one_kill", "dataset_files_that_differ",
@@ -29,6 +30,13 @@ SMALL = [
         "planted_faults_missed", "dpo_loss_at_step_0_beside_ln_2", "dpo_margin_at_step_0", "dpo_loss_precomputed_beside_live",
         "packed_loss_beside_unpacked",
     ]),
+    ("duplicates", "--texts=600 --many=1200 --pairs=1 --met=20", ["recall", "precision", "peak_mb_1200"]),
+    ("contamination", "--items=100", [
+        *(f"{kind}_in_{where}" for where in ("prompt", "answer") for kind in (
+            "verbatim", "verbatim_within_more", "every_tenth_word_changed", "every_fifth_word_changed", "first_half_only", "paraphrase",
+        )), "false_drops_of_new_problems", "false_drops_of_shipped_prompts",
+    ]),
+    ("attacks", "--items=120", ["scripted_false_accepts", "plain_answers_stopped_by_the_gate", "parser_escapes"]),
     ("budget", "--prompts=100", [
         f"{unit}_{what}" for unit in ("usd", "requests", "tokens")
         for what in ("overspent", "exit_code_at_the_wall", "exit_code_of_the_same_again", "rows_lost_once_raised")

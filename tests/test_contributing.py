@@ -37,7 +37,7 @@ def copy(tmp_path: Path) -> Path:
     union = tmp_path / "factory/filters/__init__.py"
     text = union.read_text()
     (names,) = re.findall(r"^Filter: TypeAlias = \(\n(.*?)\n\)", text, re.MULTILINE | re.DOTALL)
-    import_ = "from factory.filters.reference import MatchesReference\n"
+    import_ = "from factory.filters.personal_data import PersonalData\n"
     assert import_ in text
     text = text.replace(import_, "from factory.filters.no_shouting import NoShouting\n" + import_)
     union.write_text(text.replace(names, f"{names} | NoShouting"))

@@ -1,6 +1,7 @@
 """Stage `filter`: order is kept, every row ends somewhere, a broken filter drops nothing, cheap filters stand first."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -9,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.curate import Curate, accepts, curate, row_filters
+from factory.curate import Curate, accepts, curate, drawn, row_filters
 from factory.filters import GroupFilter, Judge, Look, RowFilter, SetFilter
-from factory.rows import Sample, Verdict, by_prompt, union
+from factory.rows import Prompt, Sample, Verdict, by_prompt, union
 from factory.run import StageFolder
 from tests.sample_rows import Words, answer, ends, filtered, one_filter, prompt
 
@@ -282,3 +283,72 @@ def test_accepting_asks_the_row_filters_alone_and_tells_the_first_that_does_not_
     broken = accepts([Broken()], answer("a"))
     assert broken is not None
     assert (broken.keep, broken.reason) == (None, "filter_error")
+
+
+# -- the control -------------------------------------------------------------------------------------------------------
+
+
+def of_lists(count: int) -> list[Sample]:
+    """Answers of two models to prompts of two lists; those of the second list and of model b are shorter more often."""
+    chance = random.Random(0)
+    rows = []
+    for i in range(count):
+        source = "xy"[i % 2]
+        asked = Prompt.of([{"role": "user", "content": f"q{i}"}], source=source)
+        for model in "ab":
+            long = chance.random() < (0.8 if source == "x" else 0.4) - (0.3 if model == "b" else 0)
+            rows.append(answer("one two three" if long else "one", asked, model=model))
+    return rows
+
+
+def kept_of(rows: list[Sample], seed: int = 7, **knobs: Any) -> list[Sample]:
+    made = Curate.model_validate({"filters": [{"words": {"min": 2}}]} | knobs)
+    ended = list(curate(made, lambda: by_prompt(rows), Words(), seed))
+    assert [row.id for row in ended] == [row.id for row in rows]
+    return [row for row in ended if row.ending == "kept"]
+
+
+def test_a_random_control_keeps_as_many_of_each_list_and_model_whatever_they_say() -> None:
+    rows = of_lists(400)
+    real, control = kept_of(rows), kept_of(rows, control="random")
+
+    def strata(kept: list[Sample]) -> Counter[tuple[str, str]]:
+        return Counter((row.prompt.source, row.model) for row in kept)
+
+    assert strata(control) == strata(real)
+    assert len(set(strata(real).values())) == 4  # each list and model has its own number
+    assert {row.response for row in real} == {"one two three"}
+    short = sum(row.response == "one" for row in control)
+    assert short > len(control) / 4  # chance takes what the filter would not
+    assert control == kept_of(rows, control="random")
+    assert control != kept_of(rows, seed=8, control="random")
+
+
+def test_the_rows_that_a_control_leaves_out_say_so() -> None:
+    rows = of_lists(40)
+    made = Curate.model_validate({"filters": ["no_refusal", {"words": {"min": 2}}], "control": "random"})
+    reasons = Counter(ends(curate(made, lambda: by_prompt(rows), Words(), 7)))
+    assert set(reasons) == {"", "not_drawn"}
+
+
+def test_where_filters_compare_the_answers_of_a_prompt_the_control_draws_from_each_prompt() -> None:
+    asked = [prompt(f"q{i}") for i in range(60)]
+    rows = [answer("x" * (1 + d), one, draw=d) for one in asked for d in range(4)]
+    knobs = Curate.model_construct(filters=[Longest()], control="random")
+    ended = list(curate(knobs, lambda: by_prompt(rows), Words(), 7))
+    kept = [row for row in ended if row.ending == "kept"]
+    assert [row.prompt.id for row in kept] == [one.id for one in asked]  # one each
+    assert {row.draw for row in kept} == {0, 1, 2, 3}
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 9))
+@settings(deadline=None)
+def test_a_draw_takes_exactly_as_many_as_it_shall(take: int, more: int, seed: int) -> None:
+    found = list(drawn(take, take + more, random.Random(seed)))
+    assert (len(found), sum(found)) == (take + more, take)
+
+
+def test_each_row_of_a_draw_is_taken_equally_often() -> None:
+    chance = random.Random(0)
+    counts = Counter(i for _ in range(4000) for i, taken in enumerate(drawn(3, 8, chance)) if taken)
+    assert all(1350 < counts[i] < 1650 for i in range(8))  # five standard deviations around 1500

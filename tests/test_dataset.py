@@ -14,7 +14,8 @@ import yaml
 
 from factory import dataset
 from factory.dataset import Config
-from factory.rows import Message, Pair, TrainRow
+from factory.rows import Message, Pair, TrainRow, Unpaired
+from tests.tiny import tiny_model
 
 CARD = {
     "recipe": "demo",
@@ -91,6 +92,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def unpaired(i: int, **rest: Any) -> Unpaired:
+    told = {"prompt": user(f"q{i}"), "completion": said("yes"), "label": i % 2 == 0}
+    return Unpaired(id=f"u{i}", model="teacher", parents=[f"s{i}"], **{**told, **rest})
+
+
 SYSTEM = [{"role": "system", "content": "Be brief."}, *user("q")]
 CASES = {
     "texts": [config("student", [row(1), row(2)])],
@@ -99,6 +105,11 @@ CASES = {
     "a system turn in the test split does too": [config("student", [row(1)], [row(3, prompt=SYSTEM)])],
     "pairs": [config("student", [pair(1, chosen_score=2.0, rejected_score=0.5), pair(2, parents=["a", "b"])])],
     "pairs of messages": [config("student", [pair(1, prompt=SYSTEM)])],
+    "rows for KTO": [config("student", [unpaired(1), unpaired(2, score=3.5)])],
+    "rows for KTO as messages": [config("student", [unpaired(1, prompt=SYSTEM)])],
+    "tasks with weights, and masks": [
+        config("student", [row(1), row(2, task="truth", weight=0.5), row(3, masked=4)], [row(4)])
+    ],
     "two configs": [config("first", [row(1)], [row(2)]), config("student", [pair(1)])],
     "three configs, one name with a sign": [config(n, [row(1)]) for n in ("a", "student@1", "student@2")],
 }
@@ -143,6 +154,48 @@ def test_every_row_has_the_same_columns(tmp_path: Path) -> None:
     assert [r["score_helpful"] for r in told] == [4.0, None, None]
     of_pair = lines(write(tmp_path, config("s", [pair(1)])) / "train.jsonl")[0]
     assert list(of_pair) == PAIR_COLUMNS
+
+
+def test_weights_and_masks_are_columns_only_where_there_are_any(tmp_path: Path) -> None:
+    rows = [row(1, weight=0.25, task="label"), row(2, masked=3)]
+    folder = write(tmp_path, config("s", rows))
+    told = lines(folder / "train.jsonl")
+    assert [(r["task"], r["weight"], r["masked"]) for r in told] == [("label", 0.25, 0), ("answer", 1.0, 3)]
+    assert "the first `masked` characters" in (folder / "README.md").read_text()
+    assert {"weight", "masked"}.isdisjoint(lines(write(tmp_path / "b", config("s", [row(1)])) / "train.jsonl")[0])
+
+
+KTO = """
+import json, sys
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import KTOConfig, KTOTrainer
+data, model = load_dataset(sys.argv[1], split="train"), sys.argv[2]
+args = KTOConfig(
+    output_dir=sys.argv[3], report_to="none", use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=4,
+    gradient_checkpointing=False, disable_tqdm=True, save_strategy="no", logging_steps=1,
+)
+trainer = KTOTrainer(
+    model=AutoModelForCausalLM.from_pretrained(model), args=args, train_dataset=data,
+    processing_class=AutoTokenizer.from_pretrained(model),
+)
+trainer.train()
+print(json.dumps([len(trainer.train_dataset), trainer.state.log_history[0]["loss"]]))
+"""
+
+
+def test_trl_trains_on_the_rows_for_kto(tmp_path: Path) -> None:
+    rows = [unpaired(i, completion=said(f"answer {i}"), prompt=SYSTEM) for i in range(8)]
+    folder, model = write(tmp_path, config("student", rows)), tiny_model(tmp_path / "tiny")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", KTO, str(folder), str(model), str(tmp_path / "out")],
+        capture_output=True, text=True, env=environment, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count, loss = json.loads(done.stdout.splitlines()[-1])
+    assert count == 8
+    assert loss == pytest.approx(0.5, abs=0.01)  # before the first step the student is its own reference
 
 
 def test_types_do_not_hang_on_the_first_rows(tmp_path: Path) -> None:
@@ -230,3 +283,16 @@ def test_datasets_takes_no_folder_for_another(tmp_path: Path) -> None:
         capture_output=True, text=True, env=environment, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[['one'], ['two']]"
+
+
+def test_the_card_tells_what_the_rows_were_compared_with(tmp_path: Path) -> None:
+    knobs = {"kind": "contamination", "against": ["bench/gsm8k.jsonl", "/home/somebody/mmlu.jsonl"], "ngram": 13}
+    check = {"stage": "02-filter", "knobs": {**knobs, "how": None}, "reasons": {"contaminated": 7}}
+    dataset.write(
+        tmp_path / "dataset", name="demo", configs=[config("a", [row(1)])], card={**CARD, "decontamination": [check]}
+    )
+    card = (tmp_path / "dataset/README.md").read_text()
+    assert "| 02-filter | bench/gsm8k.jsonl, mmlu.jsonl | ngram 13 | contaminated 7 |" in card
+    assert "not compared" not in card
+    assert "somebody" not in card
+    assert "| mine | prompts.jsonl | not stated |" in card

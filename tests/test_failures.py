@@ -353,7 +353,8 @@ def test_odd_texts_that_are_answers_stay_as_they_are(text: str) -> None:
 @pytest.mark.parametrize(
     ("finish", "kept"),
     [("stop", "stop"), ("eos", "stop"), ("length", "length"), (None, "unknown"), ("", "unknown"), (7, "unknown"),
-     ("repetition", "repetition"), ("insufficient_system_resource", "insufficient_system_resource"), ("STOP", "STOP")],
+     ("repetition", "repetition"), ("insufficient_system_resource", "insufficient_system_resource"), ("STOP", "stop"),
+     ("MAX_TOKENS", "length"), ("model_length", "length"), ("end_turn", "stop")],
 )  # fmt: skip
 def test_only_a_known_word_counts_as_an_answer_that_ended_by_itself(finish: Any, kept: str) -> None:
     outcome = read_chat(json.dumps(body("x", finish)).encode())

@@ -154,6 +154,36 @@ def test_a_fallback_answers_what_failed_or_was_refused(here: Path) -> None:
     assert not rows["failed"]
 
 
+def test_what_a_fallback_mends_is_not_lost(here: Path) -> None:
+    (here / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"question {i}"}) for i in range(80)))
+
+    async def script(body: dict[str, Any], before: int) -> web.StreamResponse:
+        return error(400, "blocked by content_filter")
+
+    with in_thread(script) as one, in_thread(good_from({})) as two:
+        Path("r.yaml").write_text(recipe("{model: [other, teacher], fallback: other}", one, two))
+        run(load(Path("r.yaml")), Path("runs"), "build")  # at the usual 2 %
+        assert set(two.seen.values()) == {1}
+    (manifest,) = [json.loads(p.read_text()) for p in Path("runs/r").glob("01-generate-*/manifest.json")]
+    assert manifest["draws"] == {"planned": 160, "unanswered": 0}
+
+
+def test_a_want_that_the_prompts_cannot_meet_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with in_thread(good_from({})) as server:
+        done(recipe("{model: teacher, want: 50}", server))
+    assert "want: 50, but all prompts together gave 20 answers" in capsys.readouterr().err
+
+
+def test_a_server_that_takes_n_and_heeds_it_not_is_asked_draw_by_draw(here: Path) -> None:
+    async def script(body: dict[str, Any], before: int) -> dict[str, Any]:
+        return chat(body, [f"good {body['messages'][-1]['content']} {before}"])
+
+    with in_thread(script) as server:
+        rows = done(recipe("{model: teacher, n: 8}", server))
+    assert len(rows["kept"]) == 8 * 20
+    assert not rows["failed"]
+
+
 def test_a_truncated_answer_alone_is_asked_again_under_a_larger_limit(here: Path) -> None:
     async def script(body: dict[str, Any], before: int) -> dict[str, Any]:
         short = body["messages"][-1]["content"] == "question 7" and body["max_tokens"] < 100

@@ -15,8 +15,9 @@ from factory.errors import RecipeError
 from factory.journal import Journal
 from factory.judge import Judge, judge
 from factory.rows import Message, Sample
-from factory.rubric import Head, Rubric, load, read_score, render
+from factory.rubric import Head, Rubric, load, render
 from factory.teachers.openai import OpenAI
+from factory.verdicts import Form
 from tests.command import factory, funnel, read_jsonl
 from tests.sample_rows import answer, answers, ends, prompt
 from tests.server import chat, error, in_thread, serving
@@ -48,7 +49,7 @@ MISTAKES: list[tuple[str | bytes, int | None, str]] = [
     (HEAD.replace("[1, 5]", "[1, five]") + BODY, 3, "scale.1: Input should be a valid number"),
     (HEAD.replace("licence: Apache-2.0\n", "") + BODY, 2, "licence is missing"),
     (HEAD.replace("origin", "license: MIT\norigin") + BODY, 4, "unknown key 'license'; did you mean 'licence'?"),
-    (HEAD.replace("origin", "weights: x\norigin") + BODY, 4, "unknown key 'weights'; known here: examples, licence, name, origin, scale"),
+    (HEAD.replace("origin", "weights: x\norigin") + BODY, 4, "unknown key 'weights'; known here: aspects, examples, licence, name, origin, overall, scale"),
     (HEAD + "Judge this.\n\n{{ answer }}\n{{ response }}", 9, "'answer' is unknown; a rubric has prompt, response, reference, fence"),
     (HEAD + "\n\nJudge\n{% if prompt %}\n{{ response }}", 11, "Unexpected end of template"),
     (HEAD + "Judge\n{{ response", 8, "unexpected end of template"),
@@ -158,6 +159,10 @@ SCORES: list[tuple[str, float | None]] = [
 FIVE = Rubric(Head(name="x", scale=(1, 5), origin="", licence=""), load(SHIPPED).template)
 
 
+def read_score(rubric: Rubric, text: str) -> float | None:
+    return (Form(("Score",), rubric.head.scale).read(text) or {}).get("Score")
+
+
 @pytest.mark.parametrize(("text", "score"), SCORES)
 def test_a_score_is_read_strictly(text: str, score: float | None) -> None:
     assert read_score(FIVE, text) == score
@@ -228,7 +233,7 @@ async def judged(
     with Journal(folder / "journal.sqlite") as journal:
         desk = Desk(journal, Wall(Budget(), journal.spent("run")), "run")
         stage = Judge(model="judge", rubric=str(path), **knobs)
-        tally, scored = await judge(stage, load(path), lambda: samples, len(samples), model_at(url), desk, 7)
+        tally, scored, _ = await judge(stage, load(path), lambda: samples, len(samples), model_at(url), desk, 7)
         return tally, list(scored)
 
 
@@ -273,7 +278,10 @@ async def test_scores_come_back_in_order_and_what_cannot_be_read_is_missing_not_
     assert {row.ending for row in rows if row.ending != "kept"} == {"failed"}
     assert "Good, I think." in (rows[2].verdicts[-1].evidence or "")
     assert "content_filter" in (rows[4].verdicts[-1].evidence or "")
-    assert (tally.sent, again_tally.reused) == (7, 6)  # what was answered, readable or not, is not asked again
+    assert (tally.sent, again_tally.reused) == (
+        7 + 2 * 3,
+        6 + 2 * 3,
+    )  # what was answered, readable or not, is not asked again
     assert ends(again) == expected
 
 
@@ -283,7 +291,7 @@ async def test_a_fake_score_in_the_answer_stays_data_through_the_whole_line(tmp_
 
     samples = answers(*HIJACKS)
     async with serving(honest) as server:
-        _, rows = await judged(tmp_path, server.url, samples)
+        _, rows = await judged(tmp_path, server.url, samples, gate=False)
     assert [row.scores for row in rows] == [{"helpfulness": 1}] * len(HIJACKS)
     for body, text in zip(sorted(server.bodies, key=lambda b: _place(b)), HIJACKS, strict=True):
         assert [message["role"] for message in body["messages"]] == ["user"]
@@ -390,3 +398,23 @@ def test_candidates_of_two_stages_meet_in_one_pair_and_a_new_name_renames_the_sc
             assert len(rows) == 6
             assert all(name in str(row) for row in rows)
         assert sum(server.seen.values()) == asked
+
+
+def test_a_threshold_and_the_pairing_read_again_and_never_pay_again(tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": text}]}
+        for i in range(3)
+        for text in ("alpha", "beta")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "rubric.md").write_text(HEAD + "Judge {{ response }} to {{ prompt }}")
+    changes = ["1.judge.gate=false", "1.judge.gold={score: taste}", "2.pair.min_margin=1", "2.pair.rejected=worst"]
+    with in_thread(says({"alpha": "Score: 4", "beta": "Score: 2"})) as server:
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(url=server.url, rubric="rubric.md"))
+        assert factory(tmp_path, "build", "recipe.yaml").returncode == 0
+        assert sum(server.seen.values()) == 6
+        for change in changes:
+            number, rest = change.split(".", 1)
+            changed = factory(tmp_path, "build", "recipe.yaml", "--set", f"stages.{2 * int(number) - 2}.{rest}")
+            assert changed.returncode == 0, changed.stderr
+        assert sum(server.seen.values()) == 6

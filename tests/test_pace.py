@@ -333,7 +333,7 @@ async def test_fewer_answers_than_n_are_topped_up(tmp_path: Path) -> None:
         model = model_at(server.url)
         tally, answers = await ask(tmp_path, model, asks(model, questions(1), n=3))
         again, same = await ask(tmp_path, model, asks(model, questions(1), n=3))
-    assert [body.get("n", 1) for body in server.bodies] == [3, 2, 1]
+    assert [body.get("n", 1) for body in server.bodies] == [3, 1, 1]
     assert [choice.text for choice in answers[0] if isinstance(choice, Choice)] == ["text 0", "text 1", "text 2"]
     assert (tally.sent, again.sent) == (3, 0)
     assert same == answers

@@ -1,5 +1,6 @@
 """A row as a prompt: known forms, what is left out and why, columns and templates."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factory.errors import RecipeError
+from factory.generate import given as samples_of
+from factory.prompt_spool import side_by_side
 from factory.prompts import MAX_CHARACTERS, PromptLists, PromptSet, lint
 from tests.prompt_lists import jsonl, loaded, short
 
@@ -249,12 +252,25 @@ def test_templates_that_reach_out_or_blow_up_are_refused(tmp_path: Path, templat
 
 def test_a_template_that_renders_too_much_ends_the_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"xs": ["y" * 50_000] * 30}, {"xs": ["ok"]}])
-    for template in ("{% for x in xs %}{{ x }}{% endfor %}", "{{ xs|join }}", "{{ xs|join(', ')|first }}"):
+    for template in (
+        "{% for x in xs %}{{ x }}{% endfor %}",
+        "{{ xs|join }}",
+        "{{ xs|join(', ')|first }}",
+        "{{ xs|tojson|first }}",
+    ):
         one = loaded(path, columns={"prompt": template})
         assert [(ending.row, ending.reason) for ending in one.endings] == [
             (1, "unreadable: columns.prompt renders to too much text")
         ]
-        assert one.train[0].text in ("ok", "o")
+        assert one.train[0].text in ("ok", "o", "[")
+
+
+def test_a_value_as_json_cannot_grow_by_being_escaped_again(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"x": '"' * 1000}])
+    with pytest.raises(RecipeError, match="renders to too much text"):
+        loaded(path, columns={"prompt": "{{ x" + "|tojson" * 100 + " }}"})
+    one = loaded(jsonl(tmp_path / "b.jsonl", [{"x": {"<b>": [None, "é"]}}]), columns={"prompt": "{{ x|tojson }}"})
+    assert json.loads(one.train[0].text) == {"<b>": [None, "é"]}
 
 
 WRONG_COLUMNS = [
@@ -296,3 +312,116 @@ def test_knobs_that_make_no_sense_are_refused(knobs: dict[str, Any]) -> None:
 )
 def test_a_list_is_called_by_its_name_or_its_file(knobs: dict[str, Any], title: str) -> None:
     assert PromptSet(**knobs).title == title
+
+
+# -- scores and preferences --------------------------------------------------------------------------------------------
+
+WORSE = [CHAT[0], {"role": "assistant", "content": "b"}]
+LONG = [CHAT[0], CHAT[1], {"role": "user", "content": "r"}]
+PREFERENCES = [
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "u:q =a"),
+    ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": WORSE[1:]}, "u:q =a"),
+    ({"chosen": CHAT, "rejected": WORSE}, "u:q =a"),
+    ({"prompt": "q", "chosen": CHAT, "rejected": WORSE, "completion": None}, "u:q =a"),
+    ({"prompt": "r", "chosen": [*LONG, CHAT[1]], "rejected": [*LONG, WORSE[1]]}, "u:q a:a u:r =a"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, "s:s u:q =a"),
+    ({"instruction": "q", "chosen": "a", "rejected": "b"}, "u:q =a"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), PREFERENCES, ids=lambda value: str(value)[:60])
+def test_a_preference_is_one_row_with_two_answers(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    (prompt,) = loaded(jsonl(tmp_path / "a.jsonl", [row])).train
+    assert (short(prompt), prompt.rejected, prompt.scores) == (expected, "b", {"label": 1.0})
+    better, worse = samples_of([prompt])
+    assert [(s.response, s.scores, s.draw) for s in (better, worse)] == [
+        ("a", {"label": 1.0}, 0),
+        ("b", {"label": 0.0}, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected does not end with an answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a "}, "chosen and rejected are the same"),
+        ({"prompt": "p", "chosen": CHAT, "rejected": WORSE}, "chosen holds another prompt than the row"),
+        ({"chosen": CHAT, "rejected": [LONG[2], WORSE[1]]}, "chosen and rejected answer different prompts"),
+        ({"chosen": CHAT[:1], "rejected": WORSE}, "chosen does not end with an answer"),
+        ({"chosen": CHAT[1:], "rejected": WORSE[1:]}, "no question"),
+        ({"prompt": "q", "chosen": 3.5, "rejected": {"x": 1}}, "rejected is not text but dict"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_preferences_that_contradict_themselves_are_unreadable(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    one = loaded(jsonl(tmp_path / "a.jsonl", [{"prompt": "good"}, row]))
+    assert [ending.reason.removeprefix("unreadable: ")[: len(reason)] for ending in one.endings] == [reason]
+
+
+SCORES = [
+    (4, {"score": 4.0}),
+    ("4.5", {"score": 4.5}),
+    (0, {"score": 0.0}),
+    (None, {}),
+    ("", {}),
+    ("N/A", {}),
+    ("nan", {}),
+    ("1e999", {}),
+]
+
+
+@pytest.mark.parametrize(("value", "scores"), SCORES)
+def test_a_score_that_nobody_gave_is_missing(tmp_path: Path, value: Any, scores: dict[str, float]) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "rating": value}])
+    one = loaded(path, columns={"prompt": "prompt", "completion": "completion", "score": "rating"})
+    assert one.train[0].scores == scores
+    assert [sample.scores for sample in samples_of(one.train)] == [scores]
+    assert one.scores == set(scores)
+
+
+@pytest.mark.parametrize("value", ["good", True, [1], "1/10"])
+def test_a_score_that_is_no_number_is_unreadable(tmp_path: Path, value: Any) -> None:
+    rows = [{"prompt": "p", "rating": 1}, {"prompt": "q", "completion": "a", "rating": value}]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows), columns={"prompt": "prompt", "score": "rating"})
+    assert [ending.reason for ending in one.endings] == [f"unreadable: score is not a number but {str(value)!r}"]
+
+
+@pytest.mark.parametrize(("label", "scores"), [(True, {"label": 1.0}), (False, {"label": 0.0}), (1, {}), ("x", {})])
+def test_only_a_label_that_is_true_or_false_is_one_of_ktos(
+    tmp_path: Path, label: Any, scores: dict[str, float]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "label": label}])
+    assert loaded(path).train[0].scores == scores
+
+
+def test_columns_name_a_preference(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "q", "win": "a", "lose": "b"}, {"q": "r", "win": CHAT, "lose": WORSE}])
+    columns = {"prompt": "q", "chosen": "win", "rejected": "lose"}
+    one = loaded(path, columns=columns)
+    assert [short(prompt) for prompt in one.train] == ["u:q =a"]  # the second answers `q`, not `r`
+    del columns["prompt"]
+    assert [short(prompt) for prompt in loaded(path, columns=columns).train] == ["u:q =a"]
+
+
+def test_answers_to_one_prompt_come_together_wherever_they_stand(tmp_path: Path) -> None:
+    rows = [{"prompt": q, "completion": a} for q, a in [("p", "1"), ("q", "2"), ("r", "3"), ("p", "4"), ("q", "5")]]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows))
+    assert [(s.prompt.text, s.response, s.draw) for s in samples_of(side_by_side(one.train))] == [
+        ("p", "1", 0), ("p", "4", 1), ("q", "2", 0), ("q", "5", 1), ("r", "3", 0),
+    ]  # fmt: skip
+
+
+def test_another_rejected_answer_is_another_row_and_the_same_one_a_duplicate(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": worse} for worse in ("b", "c", "b")]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows))
+    assert [prompt.rejected for prompt in one.train] == ["b", "c"]
+    assert [(ending.row, ending.kind) for ending in one.endings] == [(3, "duplicate")]
+
+
+def test_one_answer_with_two_scores_is_told_and_the_first_stands(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False, True)]
+    one = loaded(jsonl(tmp_path / "a.jsonl", rows))
+    assert [prompt.scores for prompt in one.train] == [{"label": 1.0}]
+    assert [ending.reason for ending in one.endings] == ["scored_twice: of line 1", "duplicate: of line 1"]

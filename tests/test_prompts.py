@@ -1,5 +1,6 @@
 """Prompt lists: file formats and their faults, the split into train and test, the shipped files."""
 
+import json
 import os
 import random
 import subprocess
@@ -32,6 +33,8 @@ def write_all(folder: Path) -> dict[str, Path]:
     jsonl(folder / "a.jsonl", rows)
     quoted = "".join('"' + question.replace('"', '""') + '",x\n' for question in QUESTIONS)
     (folder / "a.csv").write_bytes(b"\xef\xbb\xbfprompt, tags\n" + quoted.encode())
+    (folder / "a.tsv").write_bytes(b"prompt\ttags\n" + quoted.replace(",x\n", "\tx\n").encode())
+    (folder / "a.json").write_text(json.dumps(rows, indent=2))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
     (folder / "hub").mkdir()
     jsonl(folder / "hub" / "train.jsonl", rows)
@@ -45,7 +48,7 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path) -> None:
     got = {name: [prompt.text for prompt in loaded(path).train] for name, path in files.items()}
     assert got == dict.fromkeys(files, QUESTIONS)
     tagged = {name for name, path in files.items() if loaded(path).train[0].tags == ["x"]}
-    assert tagged == {"a.jsonl", "a.csv", "a.parquet", "hub", "saved", "splits"}
+    assert tagged == {"a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "hub", "saved", "splits"}
 
 
 def test_blank_lines_are_counted_as_empty_and_lines_numbered_as_in_an_editor(tmp_path: Path) -> None:
@@ -117,10 +120,21 @@ BAD_FILES = [
     ("a.csv", b"prompt\nna\xefve\n", r"a\.csv:2: not UTF-8"),
     ("a.csv", b"", r"a\.csv: there are no prompts in it"),
     ("a.parquet", b"not parquet", r"a\.parquet: cannot be read as a data set: Arrow"),
+    ("a.tsv", b"prompt\ttags\na\tb\nc\td\te\n", r"a\.tsv:3: 3 fields.*quote text that holds tabs"),
+    ("a.json", b"{}", r"a\.json: it holds one dict, not an array of objects"),
+    ("a.json", b'["q"]', r"a\.json: item 1: a row is an object with columns, not 'q'"),
     (
         "a.json",
-        b"{}",
-        r"a\.json: cannot read '\.json' files; give \.txt, \.jsonl, \.csv, \.parquet, a folder or a hub id",
+        b'{"prompt": "q"}\n{"prompt": "r"}',
+        r"a\.json: not JSON:.*for one object per line call the file \.jsonl",
+    ),
+    ("a.json", b'[{"prompt": "caf\xe9"}]', r"a\.json: not JSON"),
+    ("a.json", b"[" * 100_000, r"a\.json: not JSON"),
+    ("a.json", b"[]", r"a\.json: there are no prompts in it"),
+    (
+        "a.xml",
+        b"<a/>",
+        r"a\.xml: cannot read '\.xml' files; give \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet, a folder",
     ),
 ]
 
@@ -204,7 +218,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path, librar
     write_all(tmp_path)
     hidden = f"import sys; sys.modules[{library!r}] = None  # as if it were not installed\n"
     told = child(hidden + READ_ONE, path if "/" in path else str(tmp_path / path))
-    assert f"reading it needs {library}: pip install 'distillation-factory[parquet]'" in told
+    assert f"it needs {library}: pip install 'distillation-factory[parquet]'" in told
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error(tmp_path: Path) -> None:
@@ -393,9 +407,17 @@ def test_shipped_lists_load_without_a_finding(name: str, count: int, references:
 
 def test_no_question_ships_twice() -> None:
     files = sorted(path.stem for path in (ROOT / "prompts").glob("*.jsonl"))
-    assert files == sorted(name for name, *_ in SHIPPED)
+    assert files == sorted(["answers", *(name for name, *_ in SHIPPED)])
     every = lists(**{name: {"path": f"prompts/{name}.jsonl"} for name in files})
-    assert len({prompt.id for one in every for prompt in one.train}) == sum(count for _, count, _ in SHIPPED)
+    assert len({prompt.id for one in every for prompt in one.train}) == 12 + sum(count for _, count, _ in SHIPPED)
+
+
+def test_the_shipped_answers_come_with_ratings() -> None:
+    columns = {"prompt": "prompt", "completion": "completion", "score": "rating"}
+    one = lists(answers={"path": "prompts/answers.jsonl", "columns": columns}).by_name["answers"]
+    assert (one.answers, one.again, one.scores, one.endings) == (24, 12, {"score"}, [])
+    assert sum(not prompt.scores for prompt in one.train) == 1  # "N/A" is missing, not zero
+    assert "| `answers.jsonl` | 24 |" in (ROOT / "prompts" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_tells_the_rows_of_every_shipped_file() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from factory.rows import Choice, Failure, Reply
 from factory.teachers.openai import read_chat
-from factory.teachers.reasoning import TAG, separate
+from factory.teachers.reasoning import TAG, Parts, separate
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,10 @@ def test_a_field_of_another_name_is_read_where_the_recipe_names_it() -> None:
     outcome = read_chat(json.dumps(body).encode(), reasoning="thoughts")
     assert isinstance(outcome, Reply)
     assert outcome.choices[0].reasoning == "why"
+
+
+@pytest.mark.parametrize("tag", ["think", "thinking", "thought", "THINK"])
+def test_reasoning_is_told_by_any_of_its_names(tag: str) -> None:
+    assert separate(f"<{tag}>\nhm\n</{tag}>\n\nBlue.") == Parts("Blue.", "hm")
+    assert separate("◁think▷hm◁/think▷Blue.") == Parts("Blue.", "hm")
+    assert separate("<reasoning>hm</reasoning>") == Parts("<reasoning>hm</reasoning>", None)  # a prompt asked for it

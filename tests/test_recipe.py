@@ -150,6 +150,7 @@ prompts:
 stages:
   - generate: {model: techer, ask: {examples: none.jsonl}, temprature: 1}
   - filter: [finished, near_dupes, {words: {min: some}}]
+  - filter: [{contamination: {against: [nothing.jsonl, {path: asked.jsonl, columns: {prompt: qestion}}]}}]
   - judge: {model: judge, rubric: none.md}
   - choose: {best: 1, by: helpfulnes, from: mor}
   - train: {method: sftt, student: teacher}
@@ -180,10 +181,12 @@ def test_every_kind_of_problem_is_told_in_one_go(tmp_path: Path, monkeypatch: py
         ("r.yaml:12: there is no file 'none.jsonl'",),
         ("r.yaml:13: stages.1.filter.1: there is no 'near_dupes'; did you mean 'near_duplicates'?",),
         ("r.yaml:13: stages.1.filter.2.words.min: ", "'some'"),
-        ("r.yaml:14: there is no file 'none.md'",),
-        ("r.yaml:15: there is no prompt list or earlier stage 'mor'; did you mean 'more'?",),
-        ("r.yaml:16: stages.4.train.method: there is no 'sftt'; did you mean 'sft'?",),
-        ("r.yaml:17: there is no model 'bas'; did you mean 'base'?",),
+        ("r.yaml:14: there is no file 'nothing.jsonl'",),
+        ("r.yaml:14: asked.jsonl:1: columns.prompt: there is no column 'qestion'; did you mean 'question'?",),
+        ("r.yaml:15: there is no file 'none.md'",),
+        ("r.yaml:16: there is no prompt list or earlier stage 'mor'; did you mean 'more'?",),
+        ("r.yaml:17: stages.5.train.method: there is no 'sftt'; did you mean 'sft'?",),
+        ("r.yaml:18: there is no model 'bas'; did you mean 'base'?",),
     ]
     for words in wanted:
         assert any(all(word in line for word in words) for line in told), (words, told)

@@ -1,5 +1,6 @@
 """The CPU-size recipes, as they ship, from end to end; only the weights are exchanged for tiny models that can answer."""
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,3 +159,16 @@ def test_zephyr_prefers_the_better_scored_of_four_models(tmp_path: Path, tiny: T
     assert any("rewards/margins" in entry for entry in preference["log"])
     roles = {row["model"]: row["role"] for row in whole["evaluation"]}
     assert roles == {"teacher": "teacher", "base": "base", "sft_student": "student", "student": "student"}
+
+
+def test_curate_needs_no_model_and_keeps_the_best_rated_answers(tmp_path: Path) -> None:
+    done = factory(tmp_path, "run", "curate")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/curate"
+    reasons = report(tmp_path, "runs/curate")["funnel"][2]["reasons"]
+    assert reasons == {"words": 2, "refusal": 2, "looping_tail": 1, "near_duplicate": 1, "no_score": 1}
+    rows = read_jsonl(folder / "dataset/train.jsonl")
+    assert len(rows) == len({row["prompt"] for row in rows}) == 12
+    assert {row["score_score"] for row in rows} == {5.0}
+    asked = [row["prompt"]["id"] for row in of(folder, "01-given")]
+    assert sum(a != b for a, b in itertools.pairwise(asked)) == 11  # answers to one prompt stand together

@@ -55,7 +55,9 @@ def test_the_numbers_are_those_of_the_manifests(tmp_path: Path) -> None:
     assert told["training"][0]["rows_trained"] == 18
     assert len(told["training"][0]["curve"]) == 60
     assert (told["pairs"]["n"], len(told["samples"])) == (189, 40)
-    assert told["warnings"] == ["03-filter: 4 verdicts could not be read"]
+    unread, length = told["warnings"]
+    assert unread == "03-filter: 4 verdicts could not be read"
+    assert length.startswith("pairs: length alone predicts the choice: in at least 97 % of 126 pairs")
     assert told["recipe"] == (run / "recipe.yaml").read_text()
 
 
@@ -77,6 +79,11 @@ def test_lengths_of_a_few_answers(length: int, tmp_path: Path) -> None:
     assert sum(b["kept"] for b in bins) == 2
     assert next(b for b in bins if b["from"] <= length <= b["to"])["kept"]
     assert (bins[-1]["dropped"], bins[-1]["from"] <= 700 <= bins[-1]["to"]) == (1, True)
+
+
+def test_what_the_trainer_notes_is_a_warning(tmp_path: Path) -> None:
+    told = report.build(finish(tmp_path, [trained(tmp_path, notes=["all rows count alike"])]))
+    assert told["warnings"] == ["08-student: all rows count alike"]
 
 
 def test_a_training_that_diverged_still_has_its_report(tmp_path: Path) -> None:

@@ -156,6 +156,37 @@ async def test_a_placeholder_for_a_key_is_not_cut_out_of_answers(key: str, monke
     assert f"the word {key}".encode() in body
 
 
+@pytest.mark.parametrize("written", [CANARY, CANARY.replace("-", "\\u002d"), "\\/".join(CANARY.partition("/"))])
+@pytest.mark.parametrize("key", [CANARY, "token-abc123"])
+async def test_a_key_is_cut_out_however_it_is_written(key: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Escaped by JSON, and across the place where a long message is cut."""
+    monkeypatch.setenv("CANARY_KEY", key)
+    written = written.replace(CANARY, key) if CANARY in written else key.replace("-", "\\u002d")
+
+    async def script(body: dict, before: int) -> Any:
+        text = json.dumps(chat(body, texts=["KEY"])).replace("KEY", written)
+        bad = json.dumps({"error": {"message": "x" * 485 + "KEY"}}).replace("KEY", written)
+        return web.Response(
+            text=text if before == 0 else bad, status=200 if before == 0 else 400, content_type="application/json"
+        )
+
+    async with serving(script) as server:
+        teacher = OpenAI(model="m", base_url=server.url, api_key_env="CANARY_KEY").open(Path())
+        told = [await teacher.send(HI) for _ in range(2)]
+        await teacher.close()
+    assert isinstance(told[0], bytes)
+    assert b"[key]" in told[0]
+    assert isinstance(told[1], Failure)
+    for said in (json.loads(told[0])["choices"][0]["message"]["content"], told[1].detail):
+        assert not any(key[i : i + 6] in said for i in range(len(key) - 6))
+
+
+def test_a_key_is_not_taken_for_the_name_of_its_variable_nor_for_a_part_of_the_address() -> None:
+    for wrong in ({"api_key_env": "gsk_4f8a9Bc2D7e6F5a4B3"}, {"base_url": "https://h.example/v1?key=AIzaSyA1b2C3"}):
+        with pytest.raises(ValueError, match=r"api_key_env|query"):
+            OpenAI(**({"model": "m", "base_url": "https://h.example/v1"} | wrong))
+
+
 # -- where a key may go ----------------------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "gkd, another vocabulary": Ran(place / "other", folder, rows, foreign, method="gkd", args=SMALL),
         "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
         "dpo": Ran(place / "dpo", folder, pairs, method="dpo", args=SMALL),
-        "lora": Ran(place / "lora", bare, rows, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
+        "lora": Ran(place / "lora", bare, [row | {"weight": 0.5} for row in rows], method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
         "rising": Ran(place / "rising", folder, rows, method="sft", args=SMALL | {"learning_rate": 1e9, "num_train_epochs": 20}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
@@ -168,6 +168,12 @@ def test_a_student_is_a_plain_folder_that_ends_its_answers(ran: Any, folder: Pat
             assert not (student / "adapter_config.json").exists()
         else:
             assert changed == before.keys()
+
+
+def test_it_is_told_that_weights_are_not_used(ran: Any) -> None:
+    _, result = ran["lora"]
+    assert result.result()["notes"] == ["the rows have weights, which this trainer does not use: all rows count alike"]
+    assert ran["dpo"][1].result()["notes"] == []
 
 
 def test_dpo_logs_rewards_and_learns_the_preference(ran: Any) -> None:
@@ -337,6 +343,30 @@ def test_labels_of_trl_are_the_answer_and_its_end(folder: Path, tmp_path: Path) 
     talk = said("system", "Be short.") + said("user", "Hi.") + said("assistant", "Hello.") + said("user", "And now?")
     rows.append({"id": "talk", "prompt": talk, "completion": said("assistant", "Bye.")})
     assert collated(folder, rows, tmp_path) == [f"{answer}<|im_end|>\n" for answer in [*answers, "Bye."]]
+
+
+TRACE = "<think>\nThe sky is blue.\n</think>\n\n"
+
+
+def test_a_masked_trace_is_seen_and_not_learned(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [sft_row(0, TRACE + "Yes.") | {"masked": len(TRACE)}, sft_row(1, TRACE + "No."), sft_row(2, "Yes.")]
+    assert collated(folder, rows, tmp_path) == ["Yes.<|im_end|>\n", f"{TRACE}No.<|im_end|>\n", "Yes.<|im_end|>\n"]
+    tokens = tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer, len(TRACE))
+    plain = tokenise(rows[0]["prompt"], rows[0]["completion"], tokenizer)
+    assert tokens.ids == plain.ids
+    assert "The sky is blue." in tokenizer.decode(tokens.ids)
+    (shown,) = preview(rows[:1], tokenizer)
+    assert [in_loss for _, in_loss in shown] == [int(in_loss) for in_loss in tokens.in_loss]
+    assert preflight(rows, tokenizer, 512)[0] == rows
+
+
+def test_a_trace_that_the_template_changes_is_not_masked_but_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("['content']", "['content'].split('</think>')[-1]").replace(
+        ".content", ".content.split('</think>')[-1]"
+    )
+    row = sft_row(0, TRACE + "Yes.") | {"masked": len(TRACE)}
+    with pytest.raises(Refused, match=r"row r0: .* its trace cannot be masked"):
+        preflight([row], tokenizer, 512)
 
 
 def test_a_mask_other_than_the_preflights_is_refused(folder: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from factory.ask import DOOMED_AFTER
+from factory.judge import TRIAL
 from tests.batch_server import Row, answered, batch_server
 from tests.command import factory, read_jsonl, report, told
 from tests.server import Server, chat, error, in_thread
@@ -72,7 +73,7 @@ def test_everything_else_is_done_and_the_end_says_what_was_not_read_and_why(tmp_
             again = factory(tmp_path, "build", "recipe.yaml", *options)
             told(again, 3, "3 of 15 verdicts could not be read", "02-judge: done already")
         assert factory(tmp_path, "build", "recipe.yaml", "--max-failed", "20%").returncode == 0
-    assert sent(server) == 15
+    assert sent(server) == 15 + 2 * 3  # two more draws of each that could not be read
 
 
 def test_a_doomed_judge_stops_early_and_a_second_start_pays_for_nothing(tmp_path: Path) -> None:
@@ -82,13 +83,13 @@ def test_a_doomed_judge_stops_early_and_a_second_start_pays_for_nothing(tmp_path
             factory(tmp_path, "build", "recipe.yaml"), 3, f"models.judge: {DOOMED_AFTER} of 300 verdicts", "'Rating: 4'"
         )
         paid = sent(server)
-        assert DOOMED_AFTER <= paid < DOOMED_AFTER + 2 * 8
+        assert DOOMED_AFTER <= paid - 2 * TRIAL < DOOMED_AFTER + 2 * 8
         for options in ([], ["--retry-failed"]):
             told(factory(tmp_path, "build", "recipe.yaml", *options), 3, "verdicts could not be read", "'Rating: 4'")
         assert sent(server) == paid
         done = factory(tmp_path, "build", "recipe.yaml", "--max-failed", "1")
         assert done.returncode == 0, done.stderr
-    assert sent(server) == 300
+    assert sent(server) == 3 * 300
     assert manifest(tmp_path)["draws"]["unreadable"] == 300
 
 
@@ -130,7 +131,7 @@ def test_a_verdict_that_was_cut_off_asks_for_more_tokens(tmp_path: Path) -> None
         told(factory(tmp_path, "build", "recipe.yaml", *limit, "--retry-failed"), 3, "which was cut off")
         assert sent(server) == 10
         told(factory(tmp_path, "build", "recipe.yaml"), 3, "'Let me think'; rubric.md wants")
-    assert sent(server) == 20
+    assert sent(server) == 10 + 3 * 10
 
 
 @pytest.mark.parametrize("rows", [5, 30])

@@ -55,6 +55,26 @@ def tiny_model(
     return folder
 
 
+def reward_model(folder: Path, *, labels: int = 1, pad: bool = True, both_ways: bool = False) -> Path:
+    """A tiny sequence classifier with the same tokenizer and template; without `pad` its config knows no padding; one that
+    reads `both_ways` is a Bert, in which every token sees every other."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+
+    tiny_model(folder)
+    config = AutoConfig.from_pretrained(folder, num_labels=labels)
+    if both_ways:
+        config = BertConfig(
+            vocab_size=config.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=labels,
+            intermediate_size=64, pad_token_id=config.pad_token_id, initializer_range=0.5,
+        )  # fmt: skip
+    if not pad:
+        config.pad_token_id = None
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def saying_model(folder: Path, sentences: list[str], sure: float = 24.0) -> Path:
     """A tiny model that answers anything with one of `sentences`, drawn at random, and ends: no training needed.
 

@@ -11,9 +11,9 @@ How alike two answers are is told by `similar.py`. What is kept in memory are si
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from factory.filters.shapes import Judge, Look, SetFilter
 from factory.rows import Sample, Verdict, digest
@@ -24,9 +24,13 @@ Claim: TypeAlias = Callable[[Any, str], Twin | None]
 
 
 class Duplicates(SetFilter):
-    """What both kinds share: who stays. With `by`, the name of a score or `logprob`, it is the one with the highest."""
+    """What both kinds share: who stays. With `by`, the name of a score or `logprob`, it is the one with the highest.
+
+    `within: prompt` compares only the draws of one prompt with each other, which makes them diverse.
+    """
 
     by: str | None = None
+    within: Literal["all", "prompt"] = "all"
 
     def signature(self, sample: Sample) -> Any:
         """What is remembered of a row."""
@@ -37,6 +41,11 @@ class Duplicates(SetFilter):
         raise NotImplementedError
 
     def start(self, look: Look) -> Judge:
+        if self.within == "prompt":
+            return lambda samples: self._start(lambda: [samples])(samples)
+        return self._start(look)
+
+    def _start(self, look: Look) -> Judge:
         if self.by is not None:
             return self._start_best(self.by, look)
         claim = self.claims()
@@ -83,6 +92,12 @@ class ExactDuplicates(Duplicates):
 
     kind: Literal["exact_duplicates"] = "exact_duplicates"
     of: Literal["completions", "prompts"] = "completions"
+
+    @model_validator(mode="after")
+    def _draws_of_a_prompt_share_it(self) -> Self:
+        if self.of == "prompts" and self.within == "prompt":
+            raise ValueError("of: prompts compares prompts, within: prompt the answers to one; write one of the two")
+        return self
 
     def signature(self, sample: Sample) -> tuple[str, str | None]:
         """A hash of the text; and for prompts, whose question it is: all answers to one prompt stay."""

@@ -8,16 +8,17 @@ negatives once cost two thirds of a corpus), so each way of comparing is small, 
 | contains | the normalised reference stands in the normalised answer as whole words |
 | numeric | the last number differs by at most 1e-6, relatively; 1,000 = 1000; 50% = 0.5; 1/2 = 0.5 |
 | choice | the same option letter |
+| math | the same expression, by the library math-verify: 1/2 = 0.5 = \\boxed{\\frac12}, (x+1)^2 = x^2+2x+1 |
 """
 
 import math
 import re
-from typing import Any, Literal
+from typing import Literal, NamedTuple, Self
 
-from pydantic import PrivateAttr, field_validator
-
-from factory.filters.pattern import Pattern, Undecided
-from factory.filters.shapes import RowFilter
+from factory.filters.isolated import Broken, isolated, lacking
+from factory.filters.pattern import Undecided
+from factory.filters.shapes import Kit
+from factory.filters.verifier import Extracting
 from factory.rows import Sample, Verdict
 from factory.similar import normalised
 
@@ -45,48 +46,64 @@ _CHOICES = [
 ]
 
 
-class MatchesReference(RowFilter):
-    """Drops answers that differ from the reference; a prompt without one passes.
-
-    `extract` is a pattern with one group that finds the answer proper (its last match counts).
-    """
+class MatchesReference(Extracting):
+    """Drops answers that differ from the reference; a prompt without one passes."""
 
     kind: Literal["matches_reference"] = "matches_reference"
-    how: Literal["exact", "normalised", "contains", "numeric", "choice"] = "normalised"
-    extract: str | None = None
-    _extract: Pattern | None = PrivateAttr(None)
+    how: Literal["exact", "normalised", "contains", "numeric", "choice", "math"] = "normalised"
 
-    @field_validator("extract")
-    @classmethod
-    def _has_one_group(cls, pattern: str | None) -> str | None:
-        if pattern is not None and (groups := Pattern(pattern).groups) != 1:
-            raise ValueError(f"extract needs exactly one group (...), it has {groups}")
-        return pattern
-
-    def model_post_init(self, context: Any) -> None:
-        self._extract = Pattern(self.extract) if self.extract is not None else None
+    def open(self, kit: Kit) -> Self:
+        if self.how == "math":
+            lacking("math", "matches_reference: {how: math}")
+        return self
 
     def check(self, sample: Sample) -> Verdict:
-        reference, answer = sample.prompt.reference, sample.response
+        reference = sample.prompt.reference
         if reference is None:
-            return self.keep()
-        if self._extract is not None:
-            try:
-                found = self._extract.try_on(answer, "findall")
-            except Undecided as e:
-                return self.cannot_tell(str(e))
-            if not found:
+            return self.unknown()
+        try:
+            answer = self.found(sample.response)
+            if answer is None:
                 return self.drop("no_answer", evidence=reference[:200])
-            answer = found[-1]
-        if agree(self.how, answer, reference):
+            same, read = compare(self.how, answer, reference)
+        except (Broken, Undecided) as e:
+            return self.cannot_tell(str(e), evidence=reference[:200])
+        if same:
             return self.keep()
-        if self.how in ("numeric", "choice") and (number if self.how == "numeric" else letter)(answer) is None:
-            return self.drop(f"unread:{answer.strip()[-60:]}", evidence=reference[:200])
-        return self.drop(f"wrong:{answer.strip()[-60:]}", evidence=reference[:200])
+        return self.drop(f"wrong:{read}" if read is not None else f"unread:{_tail(answer)}", evidence=reference[:200])
+
+
+class Unread(Broken):
+    """Nothing could be read in the reference."""
+
+
+class Compared(NamedTuple):
+    """`read` is what of the answer was compared; None where nothing could be read."""
+
+    same: bool
+    read: str | None
+
+
+def compare(how: str, answer: str, reference: str) -> Compared:
+    """Whether an answer says the same as the reference, and what it was read as. Broken where a library fails."""
+    if how == "math":
+        told = isolated("math").ask(answer=answer, reference=reference)
+        if not told["known"]:
+            raise Unread("reference_unread")
+        return Compared(told["same"], told["read"])
+    same = agree(how, answer, reference)
+    if how == "numeric":
+        value = number(answer)
+        return Compared(same, None if value is None else f"{value:.12g}")
+    return Compared(same, letter(answer) if how == "choice" else _tail(answer))
+
+
+def _tail(answer: str) -> str:
+    return answer.strip()[-60:]
 
 
 def agree(how: str, answer: str, reference: str) -> bool:
-    """Whether an answer says the same as the reference."""
+    """The same without what was read; of `math` only `compare` knows."""
     if how == "exact":
         return answer.strip() == reference.strip()
     if how == "numeric":

@@ -16,6 +16,9 @@ Judge: TypeAlias = Callable[[list[Sample]], list[Verdict]]
 class Kit(Protocol):
     """What a filter may need from the run."""
 
+    allow_code: bool
+    """Whether programs that models wrote may be run here (`--allow-code`)."""
+
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         """Counts a text's tokens as a local model does; None is the recipe's first student."""
         ...
@@ -29,6 +32,10 @@ class Shape(Knobs):
     def open(self, kit: Kit) -> Self:
         """The same filter, ready to look at rows; most need nothing."""
         return self
+
+    def files(self) -> list[str]:
+        """Files whose content is part of what it does, as the recipe names them."""
+        return []
 
     def keep(self, score: float | None = None) -> Verdict:
         return Verdict(filter=self.kind, keep=True, score=score)

@@ -103,7 +103,7 @@ class AnthropicBatch:
             with into.open("wb") as file:
                 await write_lines(response.aiter_bytes(), file, self._key)
         cut_off = [word for word in ("expired", "canceled") if counts.get(word)]
-        return Look(answered=answered, ended=" and ".join(cut_off) or "ended")
+        return Look(answered=answered, succeeded=counts.get("succeeded", 0), ended=" and ".join(cut_off) or "ended")
 
     def result(self, line: bytes) -> tuple[str, bytes | Failure]:
         try:

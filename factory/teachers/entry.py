@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -96,8 +97,8 @@ def _is_url(url: str) -> str:
     a_number = host.replace(".", "").isdigit() and _address(host) is None  # some read 2852039166 as an address
     if parts.scheme not in ("http", "https") or not host or a_number or parts.port == 0:
         raise ValueError(f"base_url must look like https://host/v1, not {url!r}")
-    if parts.username or parts.password:
-        raise ValueError("base_url must not hold credentials; name the key's variable in api_key_env")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("base_url must not hold credentials or a query; name the key's variable in api_key_env")
     return url.rstrip("/")
 
 
@@ -105,8 +106,16 @@ BaseUrl = Annotated[str, AfterValidator(_is_url)]
 """An http(s) URL without credentials; a slash at its end is dropped."""
 
 
-KeyVariable = Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-"""The name of an environment variable; a key itself does not look like one."""
+def _is_no_key(name: str | None) -> str | None:
+    mixed = name is not None and re.search(r"[a-z]", name) and re.search(r"\d", name) and len(name) >= LIKE_A_KEY
+    if name is not None and mixed and name not in os.environ:
+        raise ValueError("this looks like a key; write the name of the variable that holds it")
+    return name
+
+
+LIKE_A_KEY = 16
+KeyVariable = Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), AfterValidator(_is_no_key)]
+"""The name of an environment variable, never a key itself."""
 
 
 class Endpoint(Entry):

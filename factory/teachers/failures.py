@@ -129,11 +129,12 @@ _SIGNS = (
     _sign(
         "quota", (400, 401, 402, 403, 429),
         r"insufficient_(quota|credits?|balance|funds)|billing_(hard_limit|not_active|error)|enforced_spend_limit"
-        r"|exceeded_current_quota|credit_balance|payment_required",
+        r"|exceeded_current_quota|credit_balance|payment_required|^arrearage$|^1113$",
     ),
     _sign(
-        "quota", (402, 403, 429), words=r"spend(ing)?.?(limit|cap)|exceeded your current quota|credit balance"
-        r"|usage credits|(insufficient|out of|not enough|no( more)?) (credits?|balance|funds|quota)",
+        "quota", (402, 403, 412, 429), words=r"spend(ing)?.?(limit|cap)|exceeded your current quota|credit balance"
+        r"|usage credits|(insufficient|out of|not enough|no( more)?) (credits?|balance|funds|quota)"
+        r"|balance is (insufficient|too low)|(key|credit) limit exceeded|monthly limit|(calls|requests) ?(/|per|a) ?month",
     ),
     # a 400 may quote the prompt: there the words count only where they begin the message
     _sign("quota", (400,), words=r"^(your credit balance|you have reached your specified)"),

@@ -113,8 +113,13 @@ def wire_body(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 REASONING_FIELDS = ("reasoning", "reasoning_content")
-ENDED = {"eos": "stop", "eos_token": "stop"}
-"""Together's and TGI's documented words for an answer that ended by itself. All other words are kept as they are."""
+ENDED = {
+    "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
+    "max_tokens": "length", "model_length": "length", "max_output_tokens": "length",
+    "safety": "content_filter", "sensitive": "content_filter", "recitation": "content_filter", "blocklist": "content_filter",
+    "prohibited_content": "content_filter", "network_error": "error",
+}  # fmt: skip
+"""Other providers' words for what OpenAI calls stop, length, content_filter, in lower case. All others stay as they are."""
 
 SPECIAL_TOKEN = re.compile(
     r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*\Z"
@@ -151,7 +156,10 @@ def read_completion(
     echoed = data.get("model")
     echoed = echoed if isinstance(echoed, str) else ""
     if model and echoed and not same_model(model, echoed) and echoed not in (echoes or ()):
-        detail = f"{model} was asked, but {echoed} answered; if that is right, set capabilities: {{echoes: [{echoed}]}}"
+        detail = (
+            f"{model} was asked, but {echoed} answered; if that is right, set capabilities: {{echoes: [{echoed}]}}, and what "
+            "was answered so far is asked again"
+        )
         return Failure(reason="wrong_model", detail=detail)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
@@ -175,7 +183,8 @@ def _choice(choice: dict[str, Any], field: str | None) -> Choice | Failure:
     message = choice.get("message")
     message = message if isinstance(message, dict) else {}
     finish = choice.get("finish_reason")
-    finish = ENDED.get(finish, finish) if isinstance(finish, str) and finish else "unknown"
+    finish = ENDED.get(finish.lower(), finish) if isinstance(finish, str) and finish else "unknown"
+    finish = finish.lower() if finish.lower() in ("stop", "length", "content_filter") else finish
     if finish == "content_filter":
         return Failure(reason="filtered_output", detail="the provider filtered the answer")
     if finish in ("abort", "error"):  # vLLM's words when it is stopped or fails in mid-answer, with a status of 200
@@ -253,6 +262,8 @@ def _usage(told: Any) -> tuple[Usage, bool]:
     """Usage as the server counts it, and whether it can be believed: given, and no less than nothing."""
     told = told if isinstance(told, dict) else {}
     prompt, completion = _count(told, "prompt_tokens"), _count(told, "completion_tokens")
+    if prompt is not None and completion is not None:  # some count reasoning in the total alone, and bill it
+        completion = max(completion, (_count(told, "total_tokens") or 0) - prompt)
     seconds = told.get("seconds")
     usage = Usage(
         prompt_tokens=prompt or 0,

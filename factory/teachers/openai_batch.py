@@ -13,6 +13,7 @@ import msgspec
 from factory.errors import AuthError, FactoryError, IdentityError, OutageError, RecipeError
 from factory.rows import Failure, Look, Request
 from factory.teachers.failures import ACTIONS, STOPS, classify
+from factory.teachers.secret import Secret
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -21,8 +22,8 @@ TIMEOUT_S = 600.0
 """For one call: a file of 200 MB takes a while."""
 TAG = "factory_batch"
 """Under this name a batch's metadata holds our tag."""
-SECRET_FROM = 10
-"""A key is at least so long; a placeholder such as EMPTY must not be cut out of answers."""
+CLOCKS_S = 3600.0
+"""How far apart our clock and the provider's may be."""
 NO_BATCHES = "it has no batches (HTTP 404); correct base_url, or remove `batch: true`"
 ENDED = ("completed", "expired", "cancelled")
 
@@ -53,7 +54,11 @@ class OpenAIBatch:
     async def find(self, tag: str, since: float, requests: int, others: set[str]) -> str | None:
         async with self._client(RecipeError, NO_BATCHES) as client:
             async for batch in client.batches.list(limit=100):
-                if (batch.metadata or {}).get(TAG) == tag:
+                named = batch.metadata or {}
+                if named.get(TAG) == tag:
+                    return batch.id
+                new = batch.id not in others and (batch.created_at or since) >= since - CLOCKS_S
+                if TAG not in named and new and await _is_of(client, batch, tag):
                     return batch.id
         return None
 
@@ -74,7 +79,7 @@ class OpenAIBatch:
                 for name in filter(None, (batch.output_file_id, batch.error_file_id)):
                     async with client.files.with_streaming_response.content(name) as response:
                         await write_lines(response.iter_bytes(), file, self._key)
-        return Look(answered=answered, ended=batch.status)
+        return Look(answered=answered, succeeded=counts.completed if counts else 0, ended=batch.status)
 
     def result(self, line: bytes) -> tuple[str, bytes | Failure]:
         try:
@@ -118,9 +123,19 @@ class OpenAIBatch:
             raise unreachable(self.base_url, str(e.__cause__ or e)) from None
 
 
+async def _is_of(client: "AsyncOpenAI", batch: Any, tag: str) -> bool:
+    """Some endpoints forget a batch's metadata; then the name of its file tells whose it is."""
+    import openai
+
+    try:
+        return bool(batch.input_file_id) and tag in ((await client.files.retrieve(batch.input_file_id)).filename or "")
+    except openai.APIStatusError:
+        return False
+
+
 def told(where: str, status: int, headers: Any, raw: bytes, key: str | None) -> FactoryError:
     """What an endpoint answers to a call about batches as one of our errors."""
-    failure = classify(status, headers, raw)
+    failure = classify(status, headers, without_key(raw, key))
     detail = without_key(failure.detail.encode(), key).decode()
     if ACTIONS[failure.reason] in ("retry", "wait"):
         return OutageError(f"{where}: {detail}; nothing is lost, run the same command again")
@@ -145,7 +160,7 @@ async def write_lines(pieces: AsyncIterator[bytes], into: IO[bytes], key: str | 
 
 def without_key(text: bytes, key: str | None) -> bytes:
     """A server that repeats our key must not get it into our files."""
-    return text.replace(key.encode(), b"[key]") if key and len(key) >= SECRET_FROM else text
+    return Secret(key).out_of(text)
 
 
 class _Response(msgspec.Struct):

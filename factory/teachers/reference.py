@@ -2,12 +2,13 @@
 
 from typing import Literal
 
-from factory.rows import Choice, Failure, Outcome, Prompt, Reply
+from factory.rows import LABEL, Choice, Failure, Outcome, Prompt, Reply
 from factory.teachers.entry import Entry
 
 
 class Reference(Entry):
-    """`{type: reference}`: answers a prompt with the answer that came with its row, else with its reference.
+    """`{type: reference}`: answers a prompt with the answer that came with its row, if it is not one that nobody wants,
+    else with its reference.
 
     It costs nothing and cannot fail, so `generate` calls it directly: no journal, no budget.
     """
@@ -15,7 +16,8 @@ class Reference(Entry):
     type: Literal["reference"] = "reference"
 
     def answer(self, prompt: Prompt) -> Outcome:
-        text = prompt.completion if prompt.completion is not None else prompt.reference
+        unwanted = prompt.scores.get(LABEL) == 0
+        text = prompt.reference if prompt.completion is None or unwanted else prompt.completion
         if text is None or not text.strip():
             return Failure(reason="no_stored_answer", detail="the prompt has no reference")
         return Reply(choices=[Choice(text=text, finish="stop")], model="reference")

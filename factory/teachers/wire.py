@@ -16,14 +16,13 @@ from factory.rows import Failure
 from factory.teachers.entry import is_metadata
 from factory.teachers.failures import classify
 from factory.teachers.rate_limits import RateLimits, read_rate_limits
+from factory.teachers.secret import Secret
 
 MAX_BODY_BYTES = 32 * 2**20
 KEEP_IDLE_S = 4.0
 """A little less than the 5 s after which uvicorn (and so vLLM) closes an idle connection, so that it never races us."""
 
 CONNECT_S = 5.0
-SECRET_FROM = 20
-"""Keys are longer than this; a placeholder such as EMPTY must not be cut out of answers."""
 
 
 class Wire:
@@ -35,7 +34,7 @@ class Wire:
         self.base_url = base_url
         self.rate_limits: RateLimits | None = None
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate", **headers}
-        self._secret = key if key and len(key) >= SECRET_FROM else None
+        self._secret = Secret(key)
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_S, timeout_s))
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
@@ -43,12 +42,9 @@ class Wire:
     async def post(self, path: str, body: bytes) -> bytes | Failure:
         """One request, without redirects and retries; what a server or a network does is never an exception."""
         answer = await self._post(path, body)
-        if self._secret is None:
-            return answer
-        # a server that repeats our key must not get it into our files
         if isinstance(answer, bytes):
-            return answer.replace(self._secret.encode(), b"[key]")
-        return msgspec.structs.replace(answer, detail=answer.detail.replace(self._secret, "[key]"))
+            return answer
+        return msgspec.structs.replace(answer, detail=self._secret.out_of(answer.detail.encode()).decode())
 
     async def _post(self, path: str, body: bytes) -> bytes | Failure:
         try:
@@ -61,6 +57,8 @@ class Wire:
         except (aiohttp.ClientError, TimeoutError) as e:
             return self._transport(e)
         answer = raw if isinstance(raw, Failure) else inflated(raw, headers.get("Content-Encoding", ""))
+        if isinstance(answer, bytes):  # before anything is cut: half a key is one still
+            answer = self._secret.out_of(answer)
         return answer if isinstance(answer, Failure) or status == 200 else classify(status, headers, answer)
 
     async def close(self) -> None:

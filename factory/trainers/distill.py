@@ -35,6 +35,10 @@ def gold(s: Setup) -> Any:
 def _trainer(s: Setup, trainer_class: Any, config: Any) -> Any:
     from datasets import Dataset
 
+    if any(row.get("masked") for row in s.rows):
+        raise Refused(
+            "rows whose trace is outside the loss train with sft alone: use shape: {reasoning: drop}, or keep"
+        )
     data = Dataset.from_list([{"messages": [*row["prompt"], *row["completion"]]} for row in s.rows])
     trainer = trainer_class(
         model=s.model, teacher_model=s.teacher, args=config, train_dataset=data, processing_class=s.tokenizer,

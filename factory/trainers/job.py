@@ -11,7 +11,7 @@ from typing import Any
 
 from factory.child import die_with_parent, end_with_input
 from factory.errors import FactoryError
-from factory.train import METHODS, REFUSED
+from factory.train import REFUSED
 from factory.trainers.distill import gkd, gold
 from factory.trainers.preference import dpo, kto, orpo, simpo
 from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
@@ -50,9 +50,11 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
+    if any(row.get("weight", 1.0) != 1.0 for row in kept):
+        notes.append("the rows have weights, which this trainer does not use: all rows count alike")
     setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
     trainer = TRAINERS[job["method"]](setup)
-    wanted = len(kept) * METHODS[job["method"]].rows_each
+    wanted = sum(2 if job["method"] == "kto" and "chosen" in row else 1 for row in kept)
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
         made = len(trainer.train_dataset)
         raise Refused(f"{wanted} rows were to train, but TRL made {made} of them; raise args.max_length")

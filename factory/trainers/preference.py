@@ -30,16 +30,12 @@ def dpo(s: Setup) -> Any:
 
 
 def kto(s: Setup) -> Any:
-    """A TRL trainer over single answers: the chosen one of a pair is desirable, the rejected one is not (Ethayarajh et al.
-    2024, arXiv 2402.01306)."""
+    """A TRL trainer over single answers, desirable or not; of a pair the chosen one is, the rejected one is not (Ethayarajh
+    et al. 2024, arXiv 2402.01306)."""
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    rows = [
-        {"id": row["id"], "prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in s.rows
-        for side in SIDES
-    ]
+    rows = [single for row in s.rows for single in _singles(row)]
     data = Dataset.from_list([{name: row[name] for name in ("prompt", "completion", "label")} for row in rows])
     trainer = KTOTrainer(
         model=s.model, args=KTOConfig(**s.args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
@@ -51,6 +47,14 @@ def kto(s: Setup) -> Any:
     )
     same(first, (tokenise(row["prompt"], row["completion"], s.tokenizer) for row in first), theirs)
     return trainer
+
+
+def _singles(row: dict[str, Any]) -> list[dict[str, Any]]:
+    if "chosen" not in row:
+        return [row]
+    return [
+        {"id": row["id"], "prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for side in SIDES
+    ]
 
 
 def orpo(s: Setup) -> Any:

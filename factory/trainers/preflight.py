@@ -61,15 +61,13 @@ def _looked_at(row: dict[str, Any], tokenizer: Any) -> list[Tokens]:
         raise Refused(
             f"it has the columns {', '.join(row)}, but needs prompt and completion, or prompt, chosen and rejected"
         )
-    if row.get("weight", 1.0) != 1.0:
-        raise Refused("weights other than 1 are not supported yet")
     _talk(row["prompt"], answers)
     if len(answers) == 2:
         if answers[0] == answers[1]:
             raise Refused("chosen and rejected are the same; drop such pairs")
         if row.get("margin", 0.0) < 0:
             raise Refused("its chosen answer has the lower score: chosen and rejected may be swapped")
-    seen = [tokenise(row["prompt"], answer, tokenizer) for answer in answers]
+    seen = [tokenise(row["prompt"], answer, tokenizer, row.get("masked", 0)) for answer in answers]
     for tokens, answer in zip(seen, answers, strict=True):
         _look(tokens, answer, tokenizer)
     return seen
@@ -89,8 +87,9 @@ def _talk(prompt: Any, answers: list[Any]) -> None:
         raise Refused("its answer is empty; filter such rows out")
 
 
-def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer: Any) -> Tokens:
-    """A conversation as token ids, with the loss on what follows the prompt as it is asked at inference."""
+def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokenizer: Any, masked: int = 0) -> Tokens:
+    """A conversation as token ids, with the loss on what follows the prompt as it is asked at inference, and on that
+    behind the first `masked` characters of the answer."""
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     if not whole.startswith(asked):
@@ -103,6 +102,14 @@ def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokeniz
             "the chat template leaves parts of its answer out (those of reasoning models drop what stands in <think>); "
             "give another one as args.chat_template_path, or shape: {reasoning: drop}"
         )
+    if masked:
+        begin = asked + answer[0]["content"][:masked]
+        if not whole.startswith(begin):
+            raise Refused(
+                "the chat template does not put the answer as it is behind the prompt, so its trace cannot be masked; "
+                "use reasoning: drop, or another template"
+            )
+        asked = begin
     head: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(whole, add_special_tokens=False)["input_ids"]
     # a token may span the border: then the border moves to where both agree
@@ -211,7 +218,7 @@ def preview(rows: list[dict[str, Any]], tokenizer: Any, count: int = 3) -> list[
     """The first rows as [token, in the loss: 0 or 1], for people."""
     shown = []
     for row in rows[:count]:
-        tokens = tokenise(row["prompt"], row.get("completion") or row["chosen"], tokenizer)
+        tokens = tokenise(row["prompt"], row.get("completion") or row["chosen"], tokenizer, row.get("masked", 0))
         texts = tokenizer.convert_ids_to_tokens(tokens.ids)
         shown.append([[text, int(in_loss)] for text, in_loss in zip(texts, tokens.in_loss, strict=True)])
     return shown

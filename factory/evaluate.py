@@ -85,7 +85,7 @@ class Examiner:
         self, knobs: Evaluate, prompts: list[Prompt], models: Models, desk: Desk, seed: int, filters: list[RowFilter]
     ) -> None:
         self.knobs, self.prompts, self.models, self.desk, self.seed = knobs, prompts, models, desk, seed
-        self.filters = filters
+        self.filters, self.reference = filters, knobs.reference.open(models)
         self.tallies: list[Tally] = []
         self.footprints: list[dict[str, Any]] = []
 
@@ -98,7 +98,7 @@ class Examiner:
             answers, tally = await self._answers(model, asker, like)
             clock_s = time.monotonic() - started
             first, draws = [drawn[0] for drawn in answers], [drawn[1:] for drawn in answers] if knobs.n else None
-            scored = Scored(name, role, first, self.filters, knobs.reference, draws, knobs.k or knobs.n or 1)
+            scored = Scored(name, role, first, self.filters, self.reference, draws, knobs.k or knobs.n or 1)
             if teacher is not None:
                 scored.add_forced(teacher, await self._forced(model, view, teacher.judged))
         self.tallies.append(tally)

@@ -321,3 +321,39 @@ def test_a_run_without_stages_still_has_a_page(status: str, tmp_path: Path) -> N
     told = report.build(finish(tmp_path, [], status))
     assert (told["funnel"], told["pairs"], told["lengths"], told["training"]) == ([], None, {}, [])
     assert Page(tmp_path / "report.html").faults() == []
+
+
+def test_what_an_evaluation_tells_beyond_the_charts_stands_on_the_page(tmp_path: Path) -> None:
+    """Requirements, shares of a gap that are undefined, prompt lists, and what an answer takes."""
+    values = {name: {"correct": hits(k, 20)} for name, k in (("base", 4), ("student", 14), ("teacher", 5))}
+    folder = evaluated(tmp_path, values)
+    told = json.loads((folder.path / "evaluation.json").read_text())
+    row = {"model": "student", "role": "student", "measure": "correct", "value": 0.7, "low": 0.5, "high": 0.9, "n": 20}
+    told["lists"] = [{"list": "law", **row}]
+    told["models"] = [{"model": "student", "role": "student", "parameters": 134515008, "bytes": 269000000}]
+    told["footprint"] = {"parameters": "numbers in its weights files"}
+    gap = {"measure": "correct", "kind": "gap", "a": "student", "b": "base", "teacher": "teacher", "n": 20}
+    told["comparisons"].append({**gap, "value": None, "low": None, "high": None, "undefined": "the gap is noise"})
+    told["comparisons"].append({**gap, "value": 0.5, "low": None, "high": None, "measure": "accepted"})
+    (folder.path / "evaluation.json").write_text(json.dumps(told))
+    run = finish(tmp_path, [folder])
+    manifest = json.loads((run / "manifest.json").read_text())
+    missed = {"measure": "correct", "wanted": ">= 0.8", "met": False, "told": "Required: correct >= 0.8. Not met."}
+    (run / "manifest.json").write_text(
+        json.dumps({**manifest, "gates": [missed, {**missed, "met": True, "told": "Met."}]})
+    )
+    made = report.build(run)
+    assert made["findings"][0] == "Required: correct >= 0.8. Not met."
+    assert "Met." in made["findings"][1:]
+    assert any("closes is undefined: the gap is noise" in line for line in made["findings"])
+    page = (run / "report.html").read_text()
+    for shown in (
+        "undefined: the gap is noise",
+        "no bound to no bound",
+        "<td>law</td>",
+        "134,515,008",
+        "269.0",
+        "not measured",
+    ):
+        assert shown in page, shown
+    assert Page(run / "report.html").faults() == []

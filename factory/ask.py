@@ -5,10 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import tenacity
 
@@ -19,9 +18,10 @@ from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
 from factory.retry import again, tries
-from factory.rows import FREE, Choice, Cost, Failure, Outcome, Reason, Reply, Request, Sampling, Usage, endings
+from factory.rows import FREE, Choice, Failure, Outcome, Reason, Reply, Request, Sampling, endings
 from factory.signals import Interrupted, draining
 from factory.stored import Skip, lacking_parts, lookup, part, pick, read, whole
+from factory.tally import Lost, Tally
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
@@ -67,46 +67,6 @@ class Model:
 
     async def __aexit__(self, *_: object) -> None:
         await self.teacher.close()
-
-
-class Lost(NamedTuple):
-    """Draws of a stage that ended without an answer, or with a verdict that cannot be read; the first one's `flaw`."""
-
-    planned: int = 0
-    unanswered: int = 0
-    unreadable: int = 0
-    flaw: str = ""
-
-    def beyond(self, limit: float) -> str | None:
-        """What is to be said where this is more than the share that `--max-failed` allows."""
-        if self.unanswered + self.unreadable <= limit * self.planned:
-            return None
-        unanswered = f"{self.unanswered} of {self.planned} draws have no answer"
-        unreadable = f"{self.unreadable} of {self.planned} verdicts could not be read"
-        what = " and ".join([unanswered] * bool(self.unanswered) + [unreadable] * bool(self.unreadable))
-        told = f"{what}, more than --max-failed {limit:g}"
-        return f"{told}; the first verdict: {self.flaw}" if self.unreadable else told
-
-
-@dataclass(slots=True)
-class Tally:
-    """What one round of asking did, in requests `sent` and draws. `failures`: answer key -> why it has no answer.
-
-    `unreadable` verdicts are answers, but useless to the judge that asked for them; `flaw` is that of the first one.
-    """
-
-    sent: int = 0
-    reused: int = 0
-    planned: int = 0
-    usage: Usage = field(default_factory=Usage)
-    usd: Decimal = Decimal(0)
-    failures: dict[str, Failure] = field(default_factory=dict)
-    unreadable: int = 0
-    flaw: str = ""
-
-    def spend(self, cost: Cost | None) -> None:
-        if cost is not None:
-            self.usage, self.usd = self.usage.plus(cost.usage), self.usd + cost.usd
 
 
 class Desk:

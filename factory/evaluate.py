@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from msgspec.structs import replace
 from pydantic import Field, field_validator, model_validator
 
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.filters import RowFilter
 from factory.filters.reference import MatchesReference
 from factory.footprint import FACTS, speed_and_price, weights_size
@@ -25,6 +25,7 @@ from factory.models import Models
 from factory.progress import bar
 from factory.rows import Prompt, Sample, Sampling
 from factory.summary import summary
+from factory.tally import Tally
 from factory.teachers.entry import Endpoint
 from factory.teachers.transformers import Forced, Transformers, TransformersTeacher
 from factory.weights import materialise_in_child

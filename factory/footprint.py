@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from factory.ask import Tally
+from factory.tally import Tally
 from factory.teachers.entry import Price
 
 FACTS = {

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 from pydantic import Field, model_validator
 
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.asking import AskKnob, Plain
 from factory.errors import Waiting
 from factory.knobs import Knobs
@@ -38,6 +38,7 @@ from factory.rows import (
     digest,
 )  # fmt: skip
 from factory.stored import runs
+from factory.tally import Tally
 from factory.teachers.capabilities import ResponseFormat
 from factory.teachers.reference import Reference
 

@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from factory.agreement import Agreement, Gold
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.canaries import Canaries, canaries, told_by, warning
 from factory.generate import draw_seed
 from factory.hijack import hijack
 from factory.knobs import Knobs
 from factory.rows import Choice, Failure, Message, Request, Sample, Sampling, Verdict, by_prompt
 from factory.rubric import Rubric
+from factory.tally import Tally
 from factory.teachers import batch_endpoint
 from factory.verdicts import Form
 from factory.ways import WAYS, Question, Scores, Told, missing

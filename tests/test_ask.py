@@ -13,11 +13,12 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.budget import Budget, Wall
 from factory.errors import AuthError, BudgetError, IdentityError, LockedError, OutageError, RecipeError
 from factory.journal import Journal
 from factory.rows import Beam, Choice, Failure, Prompt, Request, Sampling, Usage
+from factory.tally import Tally
 from factory.teachers.entry import Price
 from factory.teachers.openai import OpenAI
 from tests.server import Script, Server, chat, error, serving

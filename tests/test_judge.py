@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.budget import Budget, Wall
 from factory.errors import RecipeError
 from factory.journal import Journal
 from factory.judge import Judge, judge
 from factory.rows import Message, Sample
 from factory.rubric import Head, Rubric, load, render
+from factory.tally import Tally
 from factory.teachers.openai import OpenAI
 from factory.verdicts import Form
 from tests.command import factory, funnel, read_jsonl

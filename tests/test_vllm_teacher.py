@@ -14,11 +14,12 @@ from typing import Any
 import pydantic
 import pytest
 
-from factory.ask import Desk, Model, Tally
+from factory.ask import Desk, Model
 from factory.budget import Budget, Wall
 from factory.errors import EngineError, RecipeError
 from factory.journal import Journal
 from factory.rows import Beam, Choice, Failure, Request, Sampling
+from factory.tally import Tally
 from factory.teachers.vllm import Vllm, VllmTeacher, beam_problem
 from factory.teachers.vllm_server import stop_orphans
 from tests.fake_vllm import interpreter, read_notes

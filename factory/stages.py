@@ -26,7 +26,10 @@ SHORT = {"filter": "filters"}
 
 
 class Until(Knobs):
-    """Stop when a measure of `evaluate` on the held-out prompts of the list `split` no longer rises; the best student stays."""
+    """Stop when a measure of `evaluate` on the held-out prompts of the list `split` no longer rises; the best student stays.
+
+    It is measured as the recipe's last `evaluate` says (its reference, limits, draws), without teacher and requirements.
+    """
 
     measure: str = "accepted"
     split: str = "dev"
@@ -89,15 +92,17 @@ def unrolled(written: list[Any]) -> list[Placed]:
     placed: list[Placed] = []
     last: dict[str, str] = {}
     """What a bare name means behind the loops so far."""
+    measuring = (stage for stage in reversed(written) if isinstance(stage, Evaluate))
+    like = next(measuring, Evaluate.model_validate({"students": ["student"]}))
     for i, stage in enumerate(written):
         if isinstance(stage, Repeat):
-            placed += _rounds(i, stage, last)
+            placed += _rounds(i, stage, last, like)
         else:
             placed.append(Placed(_renamed(stage, last, stage.as_), ("stages", i, stage.kind)))
     return placed
 
 
-def _rounds(i: int, loop: Repeat, last: dict[str, str]) -> Iterator[Placed]:
+def _rounds(i: int, loop: Repeat, last: dict[str, str], like: Evaluate) -> Iterator[Placed]:
     last |= loop.start
     for number in range(1, loop.times + 1):
         of = Round(i, loop, number)
@@ -110,8 +115,8 @@ def _rounds(i: int, loop: Repeat, last: dict[str, str]) -> Iterator[Placed]:
         if loop.until is not None:
             made = loop.student
             students = list(dict.fromkeys([before[made], last[made]])) if made in before else [last[made]]
-            knobs = {"students": students, "from": [loop.until.split], "as": f"{made}-dev@{number}"}
-            measured = Evaluate.model_validate(knobs)
+            yours = {"students": students, "from_": [loop.until.split], "as_": f"{made}-dev@{number}"}
+            measured = like.model_copy(update=yours | {"teacher": None, "gold": None, "require": {}})
             yield Placed(measured, ("stages", i, "repeat", "until"), of)
     if loop.until is not None:
         last[loop.student] = loop.student  # the best one: known when the run has come so far
@@ -127,7 +132,7 @@ def _renamed(stage: Any, last: dict[str, str], as_: str | None) -> Any:
             return [now(one) for one in name]
         return {now(key): value for key, value in name.items()} if isinstance(name, dict) else name
 
-    fields = [f for f in ("model", "fallback", "from_", "student", "teacher", "students") if hasattr(stage, f)]
+    fields = [f for f in ("model", "fallback", "from_", "student", "teacher", "gold", "students") if hasattr(stage, f)]
     changed = {field: now(getattr(stage, field)) for field in fields}
     changed = {field: value for field, value in changed.items() if value != getattr(stage, field)}
     if as_ != stage.as_:

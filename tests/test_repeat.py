@@ -98,6 +98,18 @@ def test_what_is_wrong_inside_a_loop_is_told_with_its_line(tmp_path: Path, old: 
     told(factory(folder(tmp_path, LOOP.replace(old, new, 1), "there/is/none"), "check", "recipe.yaml"), 2, said)
 
 
+def test_until_measures_as_the_last_evaluate_says(tmp_path: Path) -> None:
+    stages = LOOP.replace("times: 3", "times: 2\n      until: {measure: correct, split: dev}").replace(
+        "student], max_tokens: 8}\n",
+        "student], max_tokens: 8, reference: {how: contains}, require: {correct: '>= 0.1'}}\n",
+    )
+    first, second, last = [s for s in load(folder(tmp_path, stages) / "recipe.yaml").stages if s.kind == "evaluate"]
+    assert (first.students, second.students) == (["base", "student@1"], ["student@1", "student@2"])
+    for dev in (first, second):
+        assert (dev.from_, dev.max_tokens, dev.reference.how, dev.require) == (["dev"], 8, "contains", {})
+    assert (last.students, last.require) == (["base", "student"], {"correct": ">= 0.1"})
+
+
 def test_until_measures_one_student() -> None:
     two = [{"train": {"method": "sft", "student": "b", "as": name}} for name in ("x", "y")]
     with pytest.raises(ValueError, match="until needs exactly one train stage"):

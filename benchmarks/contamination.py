@@ -193,7 +193,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     new = [problem(draw) for _ in range(5 * arguments.items)]
     siblings = [evidence(guard, "prompt", one[0]) is not None for one in new]
     yield Figure("contamination.siblings_dropped", round(sum(siblings) / len(siblings), 4))
-    shipped = [json.loads(line)["prompt"] for file in SHIPPED.glob("*.jsonl") for line in file.open()]
+    rows = (json.loads(line) for file in SHIPPED.glob("*.jsonl") for line in file.open())
+    shipped = [row["prompt"] for row in rows if "prompt" in row]
     for kind, clean in (("new_problems", [one[1] for one in new]), ("shipped_prompts", shipped)):
         false = sum(evidence(guard, where, text) is not None for text in clean for where in ("prompt", "answer"))
         yield judged(f"contamination.false_drops_of_{kind}", false / (2 * len(clean)), "<= 0.001")

@@ -90,6 +90,8 @@ class Pace:
             await asyncio.sleep(delay)
         while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
             await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        if not self._sent:  # nobody was waiting for it until now
+            self.last_heard = time.monotonic()
         self._sent += 1
 
     def leave(self) -> None:

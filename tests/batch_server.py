@@ -132,6 +132,7 @@ class BatchServer:
         if batch["looks"] <= self.polls:
             return web.json_response(batch | {"status": "in_progress", "request_counts": counts})
         status, output, errors = self.outcome(lines)
+        counts |= {"completed": len(output), "failed": len(errors)}
         batch |= {"status": status, "request_counts": counts}
         for field, rows in (("output_file_id", output), ("error_file_id", errors)):
             batch.pop(field, None)

@@ -45,7 +45,7 @@ def shown(ours: int) -> str:
 
 async def slow_first(body: dict[str, Any], before: int) -> None:
     """One request takes long enough for progress to be worth a line."""
-    await asyncio.sleep(1.5 if "number 1?" in body["messages"][-1]["content"] else 0)
+    await asyncio.sleep(1.5 if "number 2?" in body["messages"][-1]["content"] else 0)
 
 
 def test_a_terminal_gets_a_bar_and_stdout_gets_the_results_alone(tmp_path: Path) -> None:

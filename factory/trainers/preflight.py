@@ -97,11 +97,7 @@ def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokeniz
             "the chat template renders a conversation for training unlike the prompt at inference "
             f"(…{asked[-40:]!r} is not how …{whole[:60]!r} begins); use a template whose answer follows add_generation_prompt"
         )
-    if any(turn["content"].strip() not in whole[len(asked) :] for turn in answer):
-        raise Refused(
-            "the chat template leaves parts of its answer out (those of reasoning models drop what stands in <think>); "
-            "give another one as args.chat_template_path, or shape: {reasoning: drop}"
-        )
+    said = whole[len(asked) :]
     if masked:
         begin = asked + answer[0]["content"][:masked]
         if not whole.startswith(begin):
@@ -110,6 +106,11 @@ def tokenise(prompt: list[dict[str, str]], answer: list[dict[str, str]], tokeniz
                 "use reasoning: drop, or another template"
             )
         asked = begin
+    if any(turn["content"].strip() not in said for turn in answer):
+        raise Refused(
+            "the chat template leaves parts of its answer out (those of reasoning models drop what stands in <think>); "
+            "give another one as args.chat_template_path, or shape: {reasoning: drop}"
+        )
     head: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(whole, add_special_tokens=False)["input_ids"]
     # a token may span the border: then the border moves to where both agree

@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("ls", help="shipped recipes and local runs")
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     verb.set_defaults(verb=_ls)
+    _result_verbs(verbs)
+    _journal_verbs(verbs.add_parser("journal", help="what was paid for: stats, verify, export, import, purge"))
+    return parser
+
+
+def _result_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What is there of a run, and where else it may go."""
     verb = verbs.add_parser("show", help="what a run did: funnel, evaluation, files")
     _run_arguments(verb)
     which = verb.add_mutually_exclusive_group()
@@ -120,8 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--public", action="store_true", help="for everybody to see; without it, private")
     verb.add_argument("--dry-run", action="store_true", help="only say what would be sent")
     verb.set_defaults(verb=_push)
-    _journal_verbs(verbs.add_parser("journal", help="what was paid for: stats, verify, export, import, purge"))
-    return parser
 
 
 def _journal_verbs(journal: argparse.ArgumentParser) -> None:

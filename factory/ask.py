@@ -292,8 +292,10 @@ class _Round:
     async def _attempt(self, request: Request, number: int) -> Outcome:
         """Send once. What is not the request's own fault, a busy server or an outage, uses no attempt up."""
         waiting_since = time.monotonic()
-        worst = Hold.worst(request, None)
-        guess = worst.prompt_tokens / BYTES_A_TOKEN + worst.completion_tokens
+        guess = 0.0
+        if self.model.entry.limits.tpm:
+            worst = Hold.worst(request, None)
+            guess = worst.prompt_tokens / BYTES_A_TOKEN + worst.completion_tokens
         while True:
             if self.pace.down:
                 await self.pace.line_up()

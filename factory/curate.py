@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 from pydantic import Field
@@ -89,10 +90,11 @@ def not_drawn() -> Verdict:
     return Verdict(filter="control", keep=False, reason="not_drawn")
 
 
-def row_filters(knobs: Curate, kit: Kit) -> list[RowFilter]:
-    """The filters that look at one answer alone: what "accepted" means when a student is measured. Scores come later."""
-    alone = (one for one in knobs.filters if isinstance(one, RowFilter) and not isinstance(one, Threshold))
-    return [one.open(kit) for one in alone]
+def row_filters(stages: Iterable[object], kit: Kit) -> list[RowFilter]:
+    """The filters of all `filter` stages among these that look at one answer alone: what "accepted" means when a student is
+    measured. Scores come later."""
+    filters = chain.from_iterable(stage.filters for stage in stages if isinstance(stage, Curate))
+    return [one.open(kit) for one in filters if isinstance(one, RowFilter) and not isinstance(one, Threshold)]
 
 
 def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:

@@ -116,13 +116,16 @@ def _file(db: sqlite3.Connection, attempt: int, ends: Sequence[tuple[str, int | 
     )
 
 
-def _settle(db: sqlite3.Connection, attempt: int, cost: Cost | None) -> None:
-    """Replace what was reserved for an attempt by what it cost; where nobody knows (None) it stands."""
+def _end(db: sqlite3.Connection, attempt: int, cost: Cost | None, **columns: Any) -> None:
+    """How an attempt ended, and what it cost in the place of what was reserved for it; where nobody knows (None) that stands."""
     if cost is not None:
-        db.execute(
-            "UPDATE attempt SET prompt_tokens=?, completion_tokens=?, seconds=?, usd=? WHERE id=?",
-            (cost.usage.prompt_tokens, cost.usage.completion_tokens, cost.usage.seconds, str(cost.usd), attempt),
-        )
+        used = cost.usage
+        columns |= {
+            "prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens, "seconds": used.seconds,
+            "usd": str(cost.usd),
+        }  # fmt: skip
+    told = ", ".join(f"{name}=?" for name in columns)
+    db.execute(f"UPDATE attempt SET {told} WHERE id=?", [*columns.values(), attempt])
 
 
 class Stored(NamedTuple):
@@ -269,8 +272,7 @@ class Journal:
 
         def act(db: sqlite3.Connection) -> None:
             _file(db, attempt, ends)
-            db.execute("UPDATE attempt SET status='read' WHERE id=?", [attempt])
-            _settle(db, attempt, cost)
+            _end(db, attempt, cost, status="read")
 
         return self.write(act)
 
@@ -281,12 +283,11 @@ class Journal:
 
         `ends` of a body that is paid for and will not get better: its draws are not asked again.
         """
-        row = (time.time(), failure.reason, failure.detail, attempt)
+        ended = time.time()
 
         def act(db: sqlite3.Connection) -> None:
             _file(db, attempt, ends)
-            db.execute("UPDATE attempt SET status='failed', ended=?, reason=?, detail=? WHERE id=?", row)
-            _settle(db, attempt, cost)
+            _end(db, attempt, cost, status="failed", ended=ended, reason=failure.reason, detail=failure.detail)
 
         await asyncio.wrap_future(self.write(act))
 

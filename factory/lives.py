@@ -20,7 +20,7 @@ from factory.prompt_files import is_hub_id, read
 from factory.prompt_rows import Unreadable, prompt_reader
 from factory.prompts import Dropped, PromptSet
 from factory.recipe_file import find
-from factory.rows import Message, Pair, Prompt, Sample, TrainRow, Verdict
+from factory.rows import Message, Pair, Prompt, Sample, TrainRow, Verdict, kind_of
 from factory.run import PROMPTS_DROPPED
 
 ENDINGS = ("kept", "dropped", "failed")
@@ -336,7 +336,7 @@ def _reasons(folder: Path) -> Iterator[tuple[str, str, int]]:
 def _ended(folder: Path, reason: str) -> Iterator[str]:
     """A line for each row that ended for a reason."""
     for e in _no_prompts(folder):
-        if _kind(e.reason) == reason:
+        if kind_of(e.reason) == reason:
             evidence = f"  evidence {e.evidence}" if e.evidence else ""
             yield f"{e.list}, line {e.line}  {e.id or '-':16}  {e.reason}{evidence}"
     decode = msgspec.json.Decoder(Sample).decode
@@ -344,11 +344,6 @@ def _ended(folder: Path, reason: str) -> Iterator[str]:
         for shard in sorted(path for ending in ENDINGS[1:] for path in (folder / stage).glob(f"{ending}-*.jsonl")):
             with shard.open("rb") as lines:
                 for row in map(decode, lines):
-                    if _kind(row.verdicts[-1].reason) == reason:
+                    if kind_of(row.verdicts[-1].reason) == reason:
                         text = _cut(row.response or row.prompt.text, IN_LIST)
                         yield f"{stage.rpartition('-')[0]}  {row.id}  {_verdict(row.verdicts[-1])}  | {text}"
-
-
-def _kind(reason: str) -> str:
-    """What the funnel counts: what stands before the measured value."""
-    return reason.partition("=")[0].partition(":")[0]

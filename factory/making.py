@@ -128,7 +128,7 @@ class Making:
 
     def _generate(self, knobs: Generate, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
         looked_at = self.naming.accepting(step) if knobs.until or knobs.want else []
-        filters = [f for stage in looked_at for f in row_filters(stage, self.models)]
+        filters = row_filters(looked_at, self.models)
         teaching = Teaching(
             knobs, self.models, self.desk, self.asker(knobs), self.recipe.seed,
             accept=partial(accepts, filters), refused=lambda sample: not NoRefusal().check(sample).keep,
@@ -210,7 +210,7 @@ class Making:
         if not prompts:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
-        filters = [f for s in self.recipe.stages if isinstance(s, Curate) for f in row_filters(s, self.models)]
+        filters = row_filters(self.recipe.stages, self.models)
         examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
         view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
         data, answers = asyncio.run(evaluate(examiner, view, taught, asker))

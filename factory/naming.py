@@ -5,7 +5,6 @@ another one, from that step on.
 """
 
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 from factory.canaries import FILE as CANARIES
@@ -96,11 +95,9 @@ class Naming:
 
     def accepting(self, step: Step) -> list[Curate]:
         """The `filter` stages right behind a `generate`: what an accepted answer is."""
-        stages = self.recipe.stages
         at = self.recipe.place_of(step.knobs)
         assert at is not None, "a generate stage is always written"
-        behind = takewhile(lambda stage: isinstance(stage, Curate), stages[at + 1 :])
-        return [stage for stage in behind if isinstance(stage, Curate)]
+        return self.recipe.filters_behind(at)
 
     def _also_read(self, step: Step) -> Iterator[Stage]:
         """Other stages whose knobs decide what a step makes: how answers are asked for, accepted, and seen."""

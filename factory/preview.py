@@ -21,7 +21,7 @@ from factory.recipe import Recipe
 from factory.rows import Pair, Prompt, TrainRow, encode
 from factory.run import StageFolder
 from factory.shape import student_view
-from factory.train import METHODS, Train, weights_of
+from factory.train import METHODS, Train
 from factory.weights import Weights
 
 LOOKED_AT = 200
@@ -99,7 +99,7 @@ def _start(recipe: Recipe, knobs: Train) -> Weights:
 def _look(knobs: Train, start: Weights, runs: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the child finds; it loads a tokenizer and a model's shape, no weights."""
     job = {
-        "weights": weights_of(start), "cache": str((runs / "weights").resolve()), "args": knobs.args, "rows": rows,
+        "weights": start.alone(), "cache": str((runs / "weights").resolve()), "args": knobs.args, "rows": rows,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="factory-") as folder:

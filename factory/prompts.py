@@ -24,7 +24,7 @@ from factory.knobs import Knobs
 from factory.prompt_files import READERS, Find, read
 from factory.prompt_rows import Column, Reader, Unreadable, prompt_reader
 from factory.prompt_spool import Part, Spool
-from factory.rows import Prompt, Row, digest, encode
+from factory.rows import Prompt, Row, digest, encode, kind_of
 from factory.similar import similar_to
 
 MAX_CHARACTERS = 100_000
@@ -70,7 +70,7 @@ class Ending(Row, frozen=True):
     @property
     def kind(self) -> str:
         """What the funnel counts."""
-        return self.reason.partition("=")[0].partition(":")[0]
+        return kind_of(self.reason)
 
 
 class Dropped(Row, frozen=True):

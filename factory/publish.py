@@ -67,7 +67,7 @@ def _test_rows(
         number, teacher = evaluated[0]
         answers = (sample for sample in made[number].rows(Sample) if sample.model == teacher)
     else:
-        filters = [f for s in recipe.stages if isinstance(s, Curate) for f in row_filters(s, models)]
+        filters = row_filters(recipe.stages, models)
         held_out = chain.from_iterable(prompts.test(one.title) for one in recipe.prompts)
         answers = (sample for sample in given(held_out) if accepts(filters, sample) is None)
     shaped = chain.from_iterable(shape(recipe.view().measured, by_prompt(answers)))

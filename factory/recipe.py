@@ -93,6 +93,11 @@ class Recipe(Knobs):
             if isinstance(stage, Evaluate):
                 yield stage.reference
 
+    def filters_behind(self, i: int) -> list[Curate]:
+        """The `filter` stages right behind one of `stages`: behind a `generate`, what an accepted answer is."""
+        behind = takewhile(lambda stage: isinstance(stage, Curate), self.stages[i + 1 :])
+        return [stage for stage in behind if isinstance(stage, Curate)]
+
     def taught(self, teacher: str | None) -> Generate | None:
         """The first `generate` that names a teacher: it is measured as it was asked there."""
         asking = (stage for stage in self.stages if isinstance(stage, Generate))
@@ -249,9 +254,9 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         if score == "logprob" and (silent := _tells_no_logprob(recipe, i)):
             yield at, f"models.{silent} tells no log-probability; set logprobs: true in the generate stage above"
     match stage:
-        case Generate(until=until) if until and not (made.lacks("stages") or _filters_behind(recipe, i)):
+        case Generate(until=until) if until and not (made.lacks("stages") or recipe.filters_behind(i)):
             yield ("until",), "until needs a filter right behind this stage: it says which answers are accepted"
-        case Generate(until=until) if until and any(one.control for one in _filters_behind(recipe, i)):
+        case Generate(until=until) if until and any(one.control for one in recipe.filters_behind(i)):
             yield (
                 ("until",),
                 "until asks for what the filter accepts, so a random control behind it would be none; use n",
@@ -327,12 +332,6 @@ def _no_tokenizer(recipe: Recipe, counting: Tokens) -> str | None:
     if name in recipe.models and not isinstance(recipe.models[name], Weights):
         return f"tokens: models.{name} has no local tokenizer; name a local model with `model:`"
     return None
-
-
-def _filters_behind(recipe: Recipe, i: int) -> list[Curate]:
-    """The `filter` stages right behind stage `i`."""
-    behind = takewhile(lambda stage: isinstance(stage, Curate), recipe.stages[i + 1 :])
-    return [stage for stage in behind if isinstance(stage, Curate)]
 
 
 def _tells_no_logprob(recipe: Recipe, i: int) -> str | None:

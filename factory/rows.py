@@ -203,6 +203,11 @@ def endings(outcome: Outcome, n: int) -> list[tuple[str, int | None]]:
     return [*good, *((failure.reason, None) for failure in outcome.failed)][:n]
 
 
+def kind_of(reason: str) -> str:
+    """What the funnel counts of a reason, which may carry a measured value behind "=" or ":"."""
+    return reason.partition("=")[0].partition(":")[0]
+
+
 class Look(Row, frozen=True):
     """What a look at a batch has found: so many requests answered; `ended` is the provider's word for how it ended.
 

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from factory.errors import FactoryError
-from factory.rows import Row, Sample, by_prompt, encode
+from factory.rows import Row, Sample, by_prompt, encode, kind_of
 from factory.signals import Interrupted
 
 ROWS_PER_SHARD = 50_000
@@ -93,8 +93,7 @@ class StageWriter:
         self._last_prompt[ending] = prompt
 
     def count_reason(self, reason: str, times: int = 1) -> None:
-        """Reasons carry the measured value after "=" or ":"; the funnel counts what stands before it."""
-        self.reasons[reason.partition("=")[0].partition(":")[0]] += times
+        self.reasons[kind_of(reason)] += times
 
     def _next_shard(self, ending: str) -> None:
         if ending in self._files:

@@ -148,7 +148,7 @@ def _scorer(knobs: Score, models: Models) -> Child:
     entry = models.entry(knobs.model)
     if not isinstance(entry, Weights):
         raise RecipeError(f"score: models.{knobs.model} has no local weights; a scorer is `type: transformers`")
-    weights = {name: getattr(entry, name) for name in Weights.model_fields}
+    weights = entry.alone()
     job = {
         "by": knobs.by, "name": knobs.model, "weights": weights, "cache": str(models.runs / "weights"),
         "device": getattr(entry, "device", None),

@@ -161,7 +161,7 @@ def train(
     Raises RecipeError when the preflight refuses the rows, EngineError when training fails.
     """
     job = {
-        "method": knobs.method, "weights": weights_of(weights_entry), "teacher": weights_of(teacher) if teacher else None,
+        "method": knobs.method, "weights": weights_entry.alone(), "teacher": teacher.alone() if teacher else None,
         "cache": str(cache.resolve()), "rows": str(rows.resolve()),
         "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
@@ -195,11 +195,6 @@ def train(
     shutil.rmtree(checkpoints, ignore_errors=True)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
-
-
-def weights_of(entry: Weights) -> dict[str, Any]:
-    """What a child needs to load a model; an entry may say more."""
-    return {name: getattr(entry, name) for name in Weights.model_fields}
 
 
 def _launcher() -> list[str]:

@@ -41,6 +41,10 @@ class Weights(Knobs):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     layers: list[int] | dict[Literal["uniform", "first", "last"], int] | None = Field(None, min_length=1)
 
+    def alone(self) -> dict[str, Any]:
+        """What a child needs to load the model; an entry of a recipe may say more."""
+        return {name: getattr(self, name) for name in Weights.model_fields}
+
     @field_validator("layers")
     @classmethod
     def _one_choice(cls, layers: Any) -> Any:

@@ -276,7 +276,7 @@ def test_of_several_sources_a_prompt_s_rows_stand_together(sources: list[list[in
 
 def test_accepting_asks_the_row_filters_alone_and_tells_the_first_that_does_not_keep() -> None:
     knobs = Curate(filters=["finished", {"words": {"min": 2}}, "exact_duplicates", {"format": {"pattern": "a.*"}}])
-    filters = row_filters(knobs, Words())
+    filters = row_filters([knobs], Words())
     assert [one.kind for one in filters] == ["finished", "words", "format"]
     reasons = [accepts(filters, answer(text)) for text in ("a b", "a", "b", "b c")]
     assert [verdict and verdict.reason for verdict in reasons] == [None, "words=1<2", "words=1<2", "format"]

@@ -118,7 +118,7 @@ class TransformersTeacher:
             raise self._broken  # whoever waited for the same start need not try again
         if self._deaths == MAX_DEATHS:
             raise EngineError(f"the local model {self.entry.model} died {MAX_DEATHS} times: {self._last_words()}")
-        weights = {name: getattr(self.entry, name) for name in Weights.model_fields}
+        weights = self.entry.alone()
         settings = {
             "weights": weights, "cache": str(self.cache), "name": self.entry.model, "batch_size": self.entry.batch_size,
             "device": self.entry.device,

@@ -11,6 +11,7 @@ from typing import Any
 
 from factory.child import die_with_parent, end_with_input
 from factory.errors import FactoryError
+from factory.rows import kind_of
 from factory.train import REFUSED
 from factory.trainers.distill import gkd, gold
 from factory.trainers.preference import dpo, kto, orpo, simpo
@@ -73,7 +74,7 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
-        "rows_set_aside": Counter(row["reason"].partition("=")[0].partition(":")[0] for row in aside), "tokens": tokens,
+        "rows_set_aside": Counter(kind_of(row["reason"]) for row in aside), "tokens": tokens,
         "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
         "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
         "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,

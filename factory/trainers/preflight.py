@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from factory.rows import kind_of
+
 BYTES_TRAINED, BYTES_FROZEN = 16, 4
 """Of a parameter: its weight, gradient and AdamW's two moments in float32; or its weight alone."""
 
@@ -47,7 +49,7 @@ def preflight(
         else:
             kept.append(row)
     if not kept:
-        why = Counter(one["reason"].partition("=")[0].partition(":")[0] for one in aside)
+        why = Counter(kind_of(one["reason"]) for one in aside)
         if set(why) == {"over_length"}:
             raise Refused(f"all {len(rows)} rows are longer than max_length={max_length} tokens; raise args.max_length")
         raise Refused(f"none of {len(rows)} rows can train: {', '.join(f'{name} {n}' for name, n in why.items())}")

@@ -264,7 +264,7 @@ def test_a_score_within_the_limits_stays(knobs: dict[str, float], score: float |
 
 def test_answers_under_test_have_no_scores_so_a_threshold_is_no_part_of_accepting_them() -> None:
     knobs = Curate(filters=["finished", {"score": {"name": "s", "min": 1}}, "code"])
-    assert [one.kind for one in row_filters(knobs, Words())] == ["finished", "code"]
+    assert [one.kind for one in row_filters([knobs], Words())] == ["finished", "code"]
 
 
 def test_the_teachers_own_log_probability_is_a_score() -> None:

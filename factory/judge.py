@@ -118,7 +118,7 @@ class Judging:
         # in batches each further draw would be another wait of up to a day
         self.last = 0 if batch_endpoint(model.entry, model.teacher) else AGAIN
         self.again: dict[int, int] = {}
-        self._forms: dict[str, Form] = {}
+        self._forms: dict[tuple[str, str], Form] = {}
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -137,21 +137,20 @@ class Judging:
         """One draw of the questions in a span that want it."""
         wanted = partial(self._requests, span, draw)
         label = f"judge {self.model.name}{', again' if draw else ''}"
-        asked = (request for _, _, request in wanted())
-        tally = await self.desk.ask(self.model, asked, self.tally.planned, label, self._flaw)
-        self._add(tally)
+        tally = await self.desk.ask(self.model, self._noted(wanted(), draw), self.tally.planned, label, self._flaw)
+        self.tally.add(tally)
         if draw < self.last:
             read = self.desk.read(self.model, (request for _, _, request in wanted()), tally)
             for (number, question, _), (_, (outcome,)) in zip(wanted(), read, strict=True):
                 if _unreadable(question.form, outcome):
                     self.again[number] = draw + 1
 
-    def _add(self, tally: Tally) -> None:
-        mine = self.tally
-        mine.sent, mine.reused = mine.sent + tally.sent, mine.reused + tally.reused
-        mine.usd, mine.usage = mine.usd + tally.usd, mine.usage.plus(tally.usage)
-        mine.unreadable, mine.flaw = mine.unreadable + tally.unreadable, mine.flaw or tally.flaw
-        mine.failures |= tally.failures
+    def _noted(self, wanted: Iterable[tuple[int, Question, Request]], draw: int) -> Iterator[Request]:
+        """The requests, and until its verdict has come the form that each wants, where no other draw will follow."""
+        for _, question, request in wanted:
+            if draw == self.last:
+                self._forms[request.prompt, request.messages[-1]["content"]] = question.form
+            yield request
 
     def _requests(self, span: range, draw: int) -> Iterator[tuple[int, Question, Request]]:
         for number, question in enumerate(self._questions()):
@@ -164,8 +163,6 @@ class Judging:
         sampling = self.knobs.sampling(question.form, draw)
         unseeded = sampling.temperature == 0 or not self.model.capabilities.seed
         seed = draw_seed(self.seed, question.prompt, question.draw)
-        if draw == self.last:
-            self._forms[question.messages[-1]["content"]] = question.form
         return Request(
             identity=self.model.identity, messages=question.messages, sampling=sampling, draw=draw,
             seed=None if unseeded else seed + draw, prompt=question.prompt.id,
@@ -174,13 +171,13 @@ class Judging:
     def _flaw(self, request: Request, verdict: Choice) -> str | None:
         """Why a verdict has no score and what to do, for people; None where it has one, or where another draw will follow."""
         cut = verdict.finish != "stop"
-        form = None if cut else self._forms.get(request.messages[-1]["content"])
+        form = self._forms.pop((request.prompt, request.messages[-1]["content"]), None)
         if not cut and (form is None or form.read(verdict.text) is not None):
             return None
         said = " ".join(verdict.text.split())
         if len(said) > QUOTED:  # how it ends tells more often what is wrong
             said = f"{said[: QUOTED // 2]} ... {said[-QUOTED // 2 :]}"
-        if form is None:
+        if form is None or cut:
             limit = self.knobs.max_tokens
             return (
                 f"{said!r}, which was cut off: raise max_tokens ({limit}), or change {self.knobs.rubric} or the judge"

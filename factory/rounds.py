@@ -52,7 +52,7 @@ class Rounds:
     def heard(self, step: Step, folder: StageFolder) -> Measured | None:
         """What a look at the dev prompts says; a loop ends where its measure has not risen. None for other steps."""
         knobs, of = step.knobs, step.round
-        if of is None or of.repeat.until is None or not isinstance(knobs, Evaluate) or not of.is_last_look(knobs):
+        if of is None or of.repeat.until is None or not isinstance(knobs, Evaluate) or knobs.as_ != of.look:
             return None
         measured = _measured(of.repeat.until, knobs, json.loads((folder.path / "evaluation.json").read_bytes()))
         if measured.best != measured.after:

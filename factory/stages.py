@@ -74,9 +74,10 @@ class Round(NamedTuple):
     repeat: Repeat
     number: int
 
-    def is_last_look(self, knobs: Evaluate) -> bool:
-        """Whether a stage is the one that `until` adds at a round's end."""
-        return knobs.as_ == f"{self.repeat.student}-dev@{self.number}"
+    @property
+    def look(self) -> str:
+        """The name of the stage that `until` adds at the round's end."""
+        return f"{self.repeat.student}-dev@{self.number}"
 
 
 class Placed(NamedTuple):
@@ -115,7 +116,7 @@ def _rounds(i: int, loop: Repeat, last: dict[str, str], like: Evaluate) -> Itera
         if loop.until is not None:
             made = loop.student
             students = list(dict.fromkeys([before[made], last[made]])) if made in before else [last[made]]
-            yours = {"students": students, "from_": [loop.until.split], "as_": f"{made}-dev@{number}"}
+            yours = {"students": students, "from_": [loop.until.split], "as_": of.look}
             measured = like.model_copy(update=yours | {"teacher": None, "gold": None, "require": {}})
             yield Placed(measured, ("stages", i, "repeat", "until"), of)
     if loop.until is not None:

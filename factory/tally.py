@@ -42,6 +42,13 @@ class Tally:
     unreadable: int = 0
     flaw: str = ""
 
+    def add(self, other: "Tally") -> None:
+        """Another round of the same asking; what is `planned` stays."""
+        self.sent, self.reused = self.sent + other.sent, self.reused + other.reused
+        self.usage, self.usd = self.usage.plus(other.usage), self.usd + other.usd
+        self.unreadable, self.flaw = self.unreadable + other.unreadable, self.flaw or other.flaw
+        self.failures |= other.failures
+
     def spend(self, cost: Cost | None) -> None:
         if cost is not None:
             self.usage, self.usd = self.usage.plus(cost.usage), self.usd + cost.usd

@@ -270,7 +270,7 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                     ("model",),
                     f"models.{name} is `type: {entry.type}`; a scorer's weights are local: `type: transformers`",
                 )
-            elif stage.by == "reward" and (entry.layers is not None or entry.model.endswith(".gguf")):
+            elif stage.by == "reward" and (not entry.as_they_are or entry.model.endswith(".gguf")):
                 yield ("model",), f"models.{name}: a reward model is a whole folder, without `layers` and no .gguf"
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))

@@ -31,10 +31,11 @@ from factory.teachers.probe import Probe, probe, record
 
 
 class Checked(NamedTuple):
-    """What `check` found to be odd, and the prompts that it read: all local ones, or all."""
+    """What `check` found to be odd, and the prompts that it read: all local ones, or all; and those of each arm."""
 
     warnings: list[str]
     prompts: PromptLists
+    arms: dict[str, PromptLists]
 
 
 def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fetch: bool = False) -> Checked:
@@ -44,29 +45,61 @@ def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fet
     """
     if draft.recipe is None:
         draft.refuse()
-    assert draft.recipe is not None, "a recipe without problems"
+    problems, found, prompts = _look(draft, runs, allow_http, fetch)
+    of_arms: dict[str, list[Problem]] = {}
+    lists: dict[str, PromptLists] = {}
+    for name, arm in draft.arms.items():
+        if arm.recipe is not None:
+            same = _asks_the_same(arm, draft)
+            of_arms[name], more, lists[name] = _look(arm, runs, allow_http, fetch, prompts if same else None)
+            found += [f"arm {name}: {line}" for line in more if line not in found]
+    draft.refuse(problems, of_arms)
+    return Checked(found, prompts, lists)
+
+
+def _asks_the_same(arm: Draft, draft: Draft) -> bool:
+    """Whether an arm has the recipe's own prompts, split in the same way."""
+    assert arm.recipe is not None
+    assert draft.recipe is not None
+    return (arm.recipe.prompts, arm.recipe.seed) == (draft.recipe.prompts, draft.recipe.seed)
+
+
+def _look(
+    draft: Draft, runs: Path, allow_http: bool, fetch: bool, read: PromptLists | None = None
+) -> tuple[list[Problem], list[str], PromptLists]:
+    """Problems with their paths in the file, oddities, and the prompts; `read` are those that are known already."""
+    assert draft.recipe is not None, "looked at before"
     recipe, found = draft.recipe, warnings(draft.recipe)
     problems: list[Problem] = []
+    if read is None:
+        read, unread, odd = _prompts(draft, recipe, fetch)
+        problems += unread
+        found += odd
+    problems += [*_refusals(recipe, runs, allow_http), *_unpriced(recipe, draft), *_files(recipe)]
+    if not draft.lacks("stages") and not any("from" in at for at, _ in draft.problems):  # else the flow is not known
+        steps, unfed = draw(recipe)
+        problems += unfed
+        findings = list(foresee(recipe, steps, read if not draft.lacks("prompts") else None))
+        problems += [(one.at, one.text) for one in findings if one.fatal]
+        found += [str(one) for one in findings if not one.fatal]
+    return [(draft.at(at), text) for at, text in problems], found, read
+
+
+def _prompts(draft: Draft, recipe: Recipe, fetch: bool) -> tuple[PromptLists, list[Problem], list[str]]:
+    """The lists that can be read, the mistakes in the others, and what is odd about them."""
+    problems: list[Problem] = []
     lists: list[PromptList] = []
+    odd: list[str] = []
     for i, knobs in enumerate(() if ("prompts",) in draft.lost else recipe.prompts):
         if not fetch and is_hub_id(knobs.path, find):
-            found.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
+            odd.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
             continue
         try:
             lists.append(load_one(knobs, recipe.seed, find))
         except RecipeError as e:
             problems.append((("prompts", i, "path"), str(e)))
     prompts = together(lists)
-    found += [f"prompts: {line}" for line in lint(prompts)]
-    problems += [*_refusals(recipe, runs, allow_http), *_unpriced(recipe, draft), *_files(recipe)]
-    if not draft.lacks("stages") and not any("from" in at for at, _ in draft.problems):  # else the flow is not known
-        steps, unread = draw(recipe)
-        problems += unread
-        findings = list(foresee(recipe, steps, prompts if not draft.lacks("prompts") else None))
-        problems += [(one.at, one.text) for one in findings if one.fatal]
-        found += [str(one) for one in findings if not one.fatal]
-    draft.refuse((draft.at(at), text) for at, text in problems)
-    return Checked(found, prompts)
+    return prompts, problems, [*odd, *(f"prompts: {line}" for line in lint(prompts))]
 
 
 def _files(recipe: Recipe) -> Iterator[Problem]:

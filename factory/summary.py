@@ -34,6 +34,18 @@ def summary(models: list[Scored], seed: int) -> Row:
     }
 
 
+def beside_first(models: list[Scored], seed: int) -> Row:
+    """Rows of each, and the difference of each from the first; p-values are corrected for the number of the others."""
+    found = [
+        row
+        for model in models[1:]
+        for measure in model.values
+        for row in _paired("difference", measure, [model, models[0]], seed)
+    ]
+    _correct_for_many(found)
+    return {"rows": [row for model in models for row in _rows(model, seed)], "comparisons": found}
+
+
 # -- one model ---------------------------------------------------------------------------------------------------------
 
 

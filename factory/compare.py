@@ -21,7 +21,7 @@ from factory.models import Models
 from factory.recipe import Recipe, load
 from factory.rows import Sample
 from factory.run import COMPARISON, StageFolder, write_json
-from factory.summary import beside_first
+from factory.summary import VALUES, beside_first
 
 ENDINGS = ("kept", "dropped", "failed")
 ASKED = ("temperature", "n", "max_tokens", "reference")
@@ -57,7 +57,7 @@ def compared(runs: list[Run], allow_code: bool = False) -> Row:
     """The same from what the runs have stored."""
     recipe = load(runs[0].folder / "recipe.yaml")
     told: Row = {"first": runs[0].name, "arms": [_facts(run, recipe.arms.get(run.name)) for run in runs]}
-    scored, notes = _scored(runs, recipe, allow_code)
+    scored, notes = _by_one_ruler(runs, recipe, allow_code)
     told |= beside_first(scored, recipe.seed)
     told["measures"] = {name: definition(name) for name in dict.fromkeys(row["measure"] for row in told["rows"])}
     told["prompts"] = len(scored[0].samples) if scored else 0
@@ -122,14 +122,14 @@ def _facts(run: Run, changes: Row | None) -> Row:
     }
 
 
-def _last_student(evaluation: StageFolder) -> str:
-    """The last student that was measured, or the base where none was trained."""
+def _asked(evaluation: StageFolder) -> tuple[str, str | None]:
+    """The last student that was measured, or the base where none was trained; and the teacher, if there was one."""
     rows = json.loads((evaluation.path / "evaluation.json").read_bytes())["rows"]
     of = {row["role"]: row["model"] for row in rows}
-    return str(of.get("student") or of["base"])
+    return of.get("student") or of["base"], of.get("teacher")
 
 
-def _answers(evaluation: StageFolder, model: str) -> ById:
+def _answers(evaluation: StageFolder, model: str | None) -> ById:
     """What a model has answered, as if nothing had judged it yet."""
     found: ById = {}
     for ending in ENDINGS:
@@ -140,43 +140,93 @@ def _answers(evaluation: StageFolder, model: str) -> ById:
     return {prompt: sorted(answers, key=lambda one: one.draw) for prompt, answers in found.items()}
 
 
+def _known(evaluation: StageFolder, student: str) -> dict[str, dict[str, float | None]]:
+    """What the evaluation itself has measured of a student, by prompt; a run of an older factory does not tell."""
+    path = evaluation.path / VALUES
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return {row["prompt"]: row["values"][student] for row in map(json.loads, lines)}
+
+
 # -- by one ruler ------------------------------------------------------------------------------------------------------
 
 
-def _scored(runs: list[Run], recipe: Recipe, allow_code: bool) -> tuple[list[Scored], list[str]]:
-    """The runs' last students on the prompts that all of them have answered; and what is to be known beside."""
-    first = runs[0].evaluation
-    if first is None:
-        return [], [f"{runs[0].name} has no evaluation, so there is nothing to compare with"]
-    knobs = Evaluate.model_validate(first.manifest["knobs"])
-    models = Models(recipe.models, recipe.first_student(), runs[0].folder.parent, allow_code)
-    filters, reference = row_filters(recipe.stages, models), knobs.reference.open(models)
-    answers: dict[str, ById] = {}
+class Measured(NamedTuple):
+    """What a run's last student has answered, its teacher beside it, and what only the evaluation could measure."""
+
+    name: str
+    student: ById
+    teacher: ById
+    known: dict[str, dict[str, float | None]]
+
+
+def _measured(runs: list[Run]) -> tuple[list[Measured], list[str]]:
+    """The runs that can be compared with the first; and what is to be known beside."""
+    found: list[Measured] = []
     notes: list[str] = []
     for run in runs:
         if run.evaluation is None:
-            notes.append(f"{run.name} has come to no evaluation, and is not compared")
+            notes.append(f"{run.name} has come to no evaluation, and is not compared.")
+            if not found:
+                break
             continue
-        own = Evaluate.model_validate(run.evaluation.manifest["knobs"])
-        if other := [key for key in ASKED if getattr(own, key) != getattr(knobs, key)]:
+        student, teacher = _asked(run.evaluation)
+        one = Measured(
+            run.name,
+            _answers(run.evaluation, student),
+            _answers(run.evaluation, teacher),
+            _known(run.evaluation, student),
+        )
+        if found and not one.student.keys() & found[0].student.keys():
+            notes.append(f"{run.name} was measured on other prompts, and is not compared.")
+            continue
+        own, firsts = _knobs(run.evaluation), _knobs(runs[0].evaluation or run.evaluation)
+        if other := [key for key in ASKED if getattr(own, key) != getattr(firsts, key)]:
             notes.append(
-                f"{run.name} was evaluated with another {', '.join(other)}; what was asked otherwise is no like"
+                f"{run.name} was evaluated with another {', '.join(other)} than {runs[0].name}: a difference may be that."
             )
-        found = _answers(run.evaluation, _last_student(run.evaluation))
-        if answers and not found.keys() & answers[runs[0].name].keys():
-            notes.append(f"{run.name} was measured on other prompts, and is not compared")
-            continue
-        answers[run.name] = found
-    common = [prompt for prompt in answers[runs[0].name] if all(prompt in found for found in answers.values())]
-    for name, found in answers.items():
-        if len(found) > len(common):
-            notes.append(f"{name} was measured on {len(found)} prompts; compared are the {len(common)} that all have")
-    k = knobs.k or knobs.n or 1
-    return [
-        _measured(name, [found[prompt] for prompt in common], filters, reference, k) for name, found in answers.items()
-    ], notes
+        found.append(one)
+    return found, notes
 
 
-def _measured(name: str, answers: list[list[Sample]], filters: Any, reference: Any, k: int) -> Scored:
-    draws = [drawn[1:] for drawn in answers]
-    return Scored(name, "arm", [drawn[0] for drawn in answers], filters, reference, draws if any(draws) else None, k)
+def _knobs(evaluation: StageFolder) -> Evaluate:
+    return Evaluate.model_validate(evaluation.manifest["knobs"])
+
+
+def _by_one_ruler(runs: list[Run], recipe: Recipe, allow_code: bool) -> tuple[list[Scored], list[str]]:
+    """The runs' last students on the prompts that all of them have answered."""
+    measured, notes = _measured(runs)
+    if not measured:
+        return [], notes
+    assert runs[0].evaluation is not None, "the first is measured, or none"
+    knobs = _knobs(runs[0].evaluation)
+    models = Models(recipe.models, recipe.first_student(), runs[0].folder.parent, allow_code)
+    filters, reference = row_filters(recipe.stages, models), knobs.reference.open(models)
+    first, k = measured[0], knobs.k or knobs.n or 1
+    common = [prompt for prompt in first.student if all(prompt in one.student for one in measured)]
+    notes += [
+        f"{one.name} was measured on {len(one.student)} prompts; compared are the {len(common)} that all have."
+        for one in measured
+        if len(one.student) > len(common)
+    ]
+
+    def scored(name: str, answers: ById) -> Scored:
+        draws = [answers[prompt][1:] for prompt in common]
+        greedy = [answers[prompt][0] for prompt in common]
+        return Scored(name, "arm", greedy, filters, reference, draws if any(draws) else None, k)
+
+    found = [scored(one.name, one.student) for one in measured]
+    if first.teacher:
+        teacher = scored("teacher", first.teacher)
+        for one, its in zip(measured, found, strict=True):
+            its.add_forced(teacher, [])
+            its.values |= {
+                measure: [_of_teacher(measure, one, first, prompt) for prompt in common] for measure in OF_TEACHER
+            }
+    return found, notes
+
+
+def _of_teacher(measure: str, one: Measured, first: Measured, prompt: str) -> float | None:
+    """A measure on the teacher's answer, where that answer is the one that the first run's student was measured on."""
+    said, there = one.teacher.get(prompt), first.teacher.get(prompt)
+    same = said and there and said[0].response == there[0].response
+    return one.known.get(prompt, {}).get(measure) if same else None

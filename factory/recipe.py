@@ -167,9 +167,18 @@ def _drafted(source: Source) -> Draft:
     left = salvage(Recipe, source.data)
     made = Draft(source, *left, {name: _drafted(arm) for name, arm in source.arms.items()})
     made.problems.extend(source.flaws)
+    made.problems.extend(_unmeasured(made.arms))
     if left.recipe is not None:
         made.problems.extend((made.at(at), text) for at, text in _cross_check(left.recipe, made))
     return made
+
+
+def _unmeasured(arms: dict[str, Draft]) -> Iterator[Problem]:
+    """Arms that nothing can be told of."""
+    for name, arm in arms.items():
+        stages = [] if arm.recipe is None or arm.lacks("stages") else arm.recipe.stages
+        if stages and not any(isinstance(stage, Evaluate) for stage in stages):
+            yield ("arms", name), f"arms.{name}: it has no evaluate stage, and arms are compared by their last one"
 
 
 def warnings(recipe: Recipe) -> list[str]:

@@ -188,6 +188,10 @@ def _arm(
     own: dict[str, Any] = _copied({key: value for key, value in data.items() if key != "arms"})
     own["name"] = f"{own.get('name')}.{name}"
     its = dict(places)
+    if not data["arms"][name]:
+        flaws.append(
+            (("arms", name), f"arms.{name}: it changes nothing; write overrides, or null for an arm to leave out")
+        )
     for key, value in data["arms"][name].items():
         at: Path_ = ("arms", name, key)
         said = {p[3:]: place for p, place in places.items() if p[:3] == at}

@@ -1,0 +1,192 @@
+"""Arms: shared answers are asked once, shared steps done once, and the table is what the stored answers say."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+from subprocess import DEVNULL
+from typing import Any
+
+import pytest
+
+from factory import stats
+from tests.command import asked_in_vain, attempts, folder, read_jsonl, recipe, report, started, told, typed, until
+from tests.server import chat, held, in_thread
+
+HELD_OUT = 12
+STAGES = """\
+  - generate: {model: teacher, n: 2, temperature: 0.7, max_tokens: 16}
+  - filter: [finished, {words: {min: 3}}]
+  - evaluate: {students: [good], teacher: teacher, max_tokens: 8, reference: {how: contains}}
+"""
+ARMS = """\
+arms:
+  no_filter: {stages.1: null}
+  random: {stages.1.filter.control: random}
+  poor: {stages.2.evaluate.students: [poor]}
+"""
+"""Nothing is trained here: the models that are measured answer at the same endpoint."""
+
+
+async def script(body: dict[str, Any], before: int) -> dict[str, Any]:
+    """The teacher's second draw is too short. `good` is always right, `poor` is never, and says it in two words."""
+    if body["model"] == "m":
+        return chat(body, texts=["It is blue.", "Blue."][: body.get("n", 1)])
+    return chat(body, texts=["It is blue." if body["model"] == "good" else "It's red"])
+
+
+def written(url: str, arms: str = ARMS, stages: str = STAGES, name: str = "tiny") -> str:
+    models = "".join(
+        f'  {one}: {{type: openai, model: {one}, base_url: "{url}", limits: {{max_attempts: 2}}}}\n'
+        for one in ("good", "poor")
+    )
+    text = (
+        recipe(url, stages=stages).replace("prompts:\n", f"{models}prompts:\n").replace("name: tiny", f"name: {name}")
+    )
+    return text.replace("held_out: 6", f"held_out: {HELD_OUT}") + arms
+
+
+def comparison(where: Path, run: str = "tiny") -> dict[str, Any]:
+    """It stands in the first run's folder, and in its report."""
+    made: dict[str, Any] = json.loads((where / f"runs/{run}/comparison.json").read_text())
+    assert report(where, f"runs/{run}")["arms"] == made
+    return made
+
+
+def facts(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["arm"]: one for one in made["arms"]}
+
+
+def values(made: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(row["model"], row["measure"]): row["value"] for row in made["rows"]}
+
+
+def test_what_arms_share_is_asked_and_made_once_and_they_are_measured_alike(tmp_path: Path) -> None:
+    with in_thread(script) as server:
+        folder(tmp_path, written(server.url))
+        done = typed(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+        asked = len(server.bodies)
+        assert asked == (24 - HELD_OUT) + 3 * HELD_OUT  # the teacher's draws; teacher, good and poor measured
+        again = typed(tmp_path, "run", "recipe.yaml")
+        assert (again.returncode, again.stdout) == (0, done.stdout)
+        assert len(server.bodies) == asked
+    made = comparison(tmp_path)
+    arms = facts(made)
+    assert {name: one["asked"] for name, one in arms.items()} == {
+        "tiny": 36, "no_filter": 0, "random": 0, "poor": HELD_OUT,
+    }  # fmt: skip
+    assert arms["no_filter"]["changes"] == {"stages.1": None}
+    manifests = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "runs/tiny.poor").glob("0*/manifest.json"))
+    ]
+    assert [(one["stage"], one.get("made_in")) for one in manifests] == [
+        ("generate", "tiny"), ("filter", "tiny"), ("evaluate", None), ("shape", "tiny"),
+    ]  # fmt: skip
+    assert manifests[0]["requests"] == {"sent": 0, "reused": 12}
+    rows = {
+        run: len(read_jsonl(tmp_path / f"runs/{run}/dataset/train.jsonl"))
+        for run in ("tiny", "tiny.no_filter", "tiny.random")
+    }
+    assert rows == {"tiny": 12, "tiny.no_filter": 24, "tiny.random": 12}
+    # without the filter any answer is accepted; measured as in the recipe, one of two words is not
+    own = report(tmp_path, "runs/tiny.no_filter")["evaluation"]
+    assert values(made)["no_filter", "accepted"] == 1 == values({"rows": own})["good", "accepted"]
+    assert values(made)["poor", "accepted"] == 0
+    assert "Arm poor against tiny: correct answers 0 %, interval 0-24 %, against 100 %" in done.stdout
+    assert "poor has fewer." in done.stdout
+    assert "taken out" in (tmp_path / "runs/tiny/report.html").read_text()
+
+
+def test_the_tables_numbers_are_recomputed_from_the_answers(tmp_path: Path) -> None:
+    """`half` is right on half of the prompts, `most` on three quarters, each with some of their own."""
+
+    async def graded(body: dict[str, Any], before: int) -> dict[str, Any]:
+        number = int(body["messages"][-1]["content"].rstrip("?").rpartition(" ")[2])
+        right = {"m": True, "good": number % 4 > 0, "poor": number % 2 == 0}[body["model"]]
+        return chat(body, texts=["It is blue." if right else "It is red."] * body.get("n", 1))
+
+    arms = "arms:\n  poor: {stages.2.evaluate.students: [poor]}\n  asked_again: {stages.0.generate.n: 3}\n"
+    with in_thread(graded) as server:
+        folder(tmp_path, written(server.url, arms))
+        done = typed(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+    made = comparison(tmp_path)
+    answers = {
+        run: {
+            row["prompt"]["id"]: float("blue" in row["response"])
+            for path in (tmp_path / f"runs/{run}").glob("*-evaluate-*/*-*.jsonl")
+            for row in read_jsonl(path)
+            if row["model"] == model
+        }
+        for run, model in (("tiny", "good"), ("tiny.poor", "poor"))
+    }
+    order = list(answers["tiny"])
+    ours, theirs = ([answers[run][prompt] for prompt in order] for run in ("tiny.poor", "tiny"))
+    (c,) = [c for c in made["comparisons"] if (c["a"], c["measure"]) == ("poor", "correct")]
+    assert (c["b"], c["n"]) == ("tiny", HELD_OUT)
+    assert [c[key] for key in ("value", "low", "high")] == pytest.approx(
+        stats.paired_bootstrap_difference(ours, theirs, 3, order)
+    )
+    p = stats.mcnemar(ours, theirs)
+    assert c["p"] == pytest.approx(p)
+    assert c["p_holm"] == pytest.approx(stats.holm([p, 1.0])[0])
+    assert values(made)["poor", "correct"] == pytest.approx(sum(ours) / HELD_OUT)
+    assert (
+        values(made)["asked_again", "correct"]
+        == values(made)["tiny", "correct"]
+        == pytest.approx(sum(theirs) / HELD_OUT)
+    )
+
+
+def test_killed_in_an_arm_and_started_again_nothing_is_asked_twice(tmp_path: Path) -> None:
+    gate = threading.Event()
+    wait = held(gate)
+
+    async def holding(body: dict[str, Any], before: int) -> dict[str, Any]:
+        if body["model"] == "poor" and int(body["messages"][-1]["content"].rstrip("?").rpartition(" ")[2]) > 8:
+            await wait(body, before)
+        return await script(body, before)
+
+    with in_thread(holding) as server:
+        folder(tmp_path, written(server.url))
+        with started(tmp_path, "run", "recipe.yaml", stdout=DEVNULL, stderr=DEVNULL) as child:
+            until(
+                lambda: (
+                    any(body["model"] == "poor" for body in server.bodies) and (tmp_path / "runs/tiny.poor").exists()
+                )
+            )
+            until(lambda: [status for _, status in attempts(tmp_path)].count("sent") > 0)
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        gate.set()
+        before = {name: len([b for b in server.bodies if b["model"] == name]) for name in ("m", "good")}
+        done = typed(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+        assert {name: len([b for b in server.bodies if b["model"] == name]) for name in ("m", "good")} == before
+    assert not asked_in_vain(tmp_path)
+    assert set(facts(comparison(tmp_path))) == {"tiny", "no_filter", "random", "poor"}
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ("  a: {stages.0.generate.nn: 4}", ("recipe.yaml:14: arm a: ", "stages.0.generate.nn", "did you mean 'n'")),
+        ("  a:\n    stages.1: null\n    stages.9.filter: [finished]", ("recipe.yaml:16: arms.a.stages.9.filter: '9' is not one of the 3 items",)),
+        ("  a: {seed: 4}\n  b: {stages.1.filter.1.words.minn: 3}", ("recipe.yaml:15: arm b: ", "did you mean 'min'")),
+        ("  a: {stages.1.filter.contrl: random}", ("recipe.yaml:14: arm a: ", "did you mean 'control'")),
+        ("  a: {stages.2: null}", ("recipe.yaml:14: arms.a: it has no evaluate stage",)),
+        ("  a: {name: b}", ("recipe.yaml:14: arms.a.name: the arms of a recipe share its name",)),
+        ("  a: {budget.usd: 3}", ("recipe.yaml:14: arms.a.budget.usd: the arms of a recipe share its budget",)),
+        ("  a: {}", ("recipe.yaml:14: arms.a: it changes nothing",)),
+        ("  a: [finished]", ("recipe.yaml:14: arms.a: ",)),
+        ("  A b: {seed: 4}", ("recipe.yaml:14: ", "A b")),
+        ("  a: {models.poor.modle: x}\n  b: {stages.2.evaluate.students: [poor, goood]}", ("recipe.yaml:14: arm a: ", "recipe.yaml:15: arm b: ", "did you mean 'good'")),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_arm_is_told_with_its_place(tmp_path: Path, arms: str, words: tuple[str, ...]) -> None:
+    folder(tmp_path, written("http://127.0.0.1:9/v1", f"arms:\n{arms}\n"))
+    told(typed(tmp_path, "check", "recipe.yaml"), 2, *words)

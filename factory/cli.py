@@ -221,22 +221,20 @@ def _run(arguments: argparse.Namespace) -> int:
     wait = LOOK_FIRST_S if a.wait else None
     if draft.arms and a.until in ("eval", "run"):
         its = [(arm.recipe, checked.arms[name]) for name, arm in draft.arms.items()]
-        return _run_several([(draft.recipe, checked.prompts), *its], a, a.until)
+        return _run_several([(draft.recipe, checked.prompts), *its], a, a.until, one_wall=True)
     folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts, a.allow_code)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0
 
 
-def _run_several(recipes: list[Any], a: argparse.Namespace, until: Any = None) -> int:
-    """Recipes with their prompts, and the comparison with the first. `until`: they are a recipe and its arms."""
+def _run_several(recipes: list[Any], a: argparse.Namespace, until: Any, one_wall: bool) -> int:
+    """Recipes with their prompts, and the comparison with the first."""
     from factory import arms
 
-    told = arms.run(
-        [arms.Arm(*one) for one in recipes], a.runs, until or "run", a.max_failed, a.retry_failed,
-        LOOK_FIRST_S if a.wait else None, a.allow_code, one_wall=until is not None,
-    )  # fmt: skip
-    print(f"{told.text}\n\nreport  {a.runs / recipes[0][0].name / 'report.html'}")
+    its, wait = [arms.Arm(*one) for one in recipes], LOOK_FIRST_S if a.wait else None
+    told = arms.run(its, a.runs, until, a.max_failed, a.retry_failed, wait, a.allow_code, one_wall)
+    print(f"{told.text}\n\nreport  {a.runs / its[0].recipe.name / 'report.html'}")
     if told.error is not None:
         raise told.error
     return 0
@@ -259,7 +257,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         return 0
     drafts = [_draft(named, a.set) for named in a.these]
     checked = [check(draft, a.runs, a.allow_http, fetch=True).prompts for draft in drafts]
-    return _run_several([(draft.recipe, prompts) for draft, prompts in zip(drafts, checked, strict=True)], a)
+    recipes = [(draft.recipe, prompts) for draft, prompts in zip(drafts, checked, strict=True)]
+    return _run_several(recipes, a, "run", one_wall=False)
 
 
 def _finished(named: str, runs: Path) -> Path | None:

@@ -61,7 +61,7 @@ def compared(runs: list[Run], allow_code: bool = False) -> Row:
     told |= beside_first(scored, recipe.seed)
     told["measures"] = {name: definition(name) for name in dict.fromkeys(row["measure"] for row in told["rows"])}
     told["prompts"] = len(scored[0].samples) if scored else 0
-    told["notes"] = notes
+    told["notes"] += notes
     return told
 
 
@@ -74,7 +74,7 @@ def as_text(told: Row) -> str:
         state = f"{one['status']}: {one['why']}" if one["why"] else one["status"]
         lines.append(f"{one['arm']:{width}}  {rows:>14} {one['asked']:8} {one['usd']:9.4g}  {state}")
     paired = {(c["measure"], c["a"]): c for c in told["comparisons"]}
-    for measure in [m for m in report.CHARTED if m in told["measures"]]:
+    for measure in sorted(m for m in told["measures"] if m.startswith(report.CHARTED)):
         lines += [
             "",
             f"{measure:{width}}  {'value':>7}  {'95 % interval':17} {'difference':>10}  95 % interval        p",
@@ -95,7 +95,7 @@ def _run(folder: Path, first: str) -> Run:
     """A run folder, read; an arm of the first one goes by its own name."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        stages = [StageFolder(folder / name) for name in manifest["stages"]]
+        stages = [StageFolder(folder / name) for name in dict.fromkeys(manifest["stages"])]
         measured = [stage for stage in stages if stage.manifest["stage"] == "evaluate"]
     except (OSError, ValueError, KeyError) as e:
         raise RecipeError(f"{folder}: this run cannot be read ({e}); run its recipe again") from None

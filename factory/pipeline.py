@@ -57,7 +57,8 @@ def run(
     recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
     wait: float | None = None, prompts: PromptLists | None = None, allow_code: bool = False,
 ) -> Path:  # fmt: skip
-    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
+    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end. Its arms are
+    left to `factory.arms`.
 
     `max_failed` is the share of draws of a stage that may stay without an answer, or without a verdict that can be read: a
     doomed stage stops early, and a run that ends above it raises TooManyFailures when everything else is done.

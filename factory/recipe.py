@@ -43,6 +43,8 @@ from factory.yamlfile import Path_, Place, written
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A stage's or student's name is part of folder names."""
+NUMBERS = re.compile(r"\d+")
+"""In a sentence: without them a mistake is the same where an arm has other stages before it."""
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -141,9 +143,9 @@ class Draft(NamedTuple):
     ) -> None:
         """RecipeError with all problems, these included, in the order of the file; of an arm those that are its own."""
         placed = self.told(problems)
-        known = set(placed)
+        known = {(place, NUMBERS.sub("", text)) for place, text in placed}
         for name, arm in self.arms.items():
-            own = (one for one in arm.told(of_arms.get(name, ())) if one not in known)
+            own = (one for one in arm.told(of_arms.get(name, ())) if (one[0], NUMBERS.sub("", one[1])) not in known)
             placed += [(place, f"arm {name}: {text}") for place, text in own]
         lines = [f"{written(place)}: {text}" for place, text in sorted(placed, key=lambda one: one[0])]
         if lines:

@@ -104,8 +104,8 @@ def _override(data: Any, places: dict[Path_, Place], override: str) -> None:
 
 
 def _set(data: Any, places: dict[Path_, Place], key: str, value: Any, said: dict[Path_, Place], told: str) -> None:
-    """Put a value where a dotted key leads: maps merge, lists and whole models are replaced, null takes an item out of its
-    list. `said`: the places of what is in the value; `told` begins the sentence about what cannot be done."""
+    """Put a value where a dotted key leads: maps merge, lists, whole models and arms are replaced, null takes an item out
+    of its list. `said`: the places of what is in the value; `told` begins the sentence about what cannot be done."""
     path: list[str | int] = []
     here = data
     *parents, last = key.split(".")
@@ -121,7 +121,8 @@ def _set(data: Any, places: dict[Path_, Place], key: str, value: Any, said: dict
         here = here[step]
     here = _filters(here, last, path, data, places)
     step = _step(here, last, told)
-    if isinstance(here, dict) and isinstance(here.get(step), dict) and isinstance(value, dict) and path != ["models"]:
+    both_maps = isinstance(here, dict) and isinstance(here.get(step), dict) and isinstance(value, dict)
+    if both_maps and path not in (["models"], ["arms"]):
         here[step] = {**here[step], **value}
     elif isinstance(here, list) and step == len(here):
         here.append(value)

@@ -57,7 +57,11 @@ def beside_first(models: list[Scored], seed: int) -> Row:
         for row in _paired("difference", measure, [model, models[0]], seed)
     ]
     _correct_for_many(found)
-    return {"rows": [row for model in models for row in _rows(model, seed)], "comparisons": found}
+    return {
+        "rows": [row for model in models for row in _rows(model, seed)],
+        "comparisons": found,
+        "notes": [note for model in models for note in _notes(model)],
+    }
 
 
 # -- one model ---------------------------------------------------------------------------------------------------------

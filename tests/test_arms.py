@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from factory import stats
+from factory.knobs import written_out
+from factory.recipe import draft
 from tests.command import asked_in_vain, attempts, folder, read_jsonl, recipe, report, started, told, typed, until
-from tests.server import chat, held, in_thread
+from tests.server import chat, error, held, in_thread
 
 HELD_OUT = 12
 STAGES = """\
@@ -190,3 +192,166 @@ def test_killed_in_an_arm_and_started_again_nothing_is_asked_twice(tmp_path: Pat
 def test_a_mistake_in_an_arm_is_told_with_its_place(tmp_path: Path, arms: str, words: tuple[str, ...]) -> None:
     folder(tmp_path, written("http://127.0.0.1:9/v1", f"arms:\n{arms}\n"))
     told(typed(tmp_path, "check", "recipe.yaml"), 2, *words)
+
+
+# -- overrides ---------------------------------------------------------------------------------------------------------
+
+
+def stages(where: Path, arm: str, *overrides: str) -> list[Any]:
+    """The stages of an arm as they are written out."""
+    made = draft(where / "recipe.yaml", overrides)
+    made.refuse()
+    recipe_ = made.arms[arm].recipe
+    assert recipe_ is not None
+    return list(written_out(recipe_)["stages"])
+
+
+def test_overrides_mean_what_they_mean_behind_set(tmp_path: Path) -> None:
+    arms = """\
+arms:
+  one_filter: {stages.1.filter.1: null}
+  both: {stages.0: null, stages.1.filter.0: null, stages.1.filter.control: random}
+  more: {stages.3: {evaluate: {students: [poor]}}, stages.1.filter: [finished]}
+  teacher: {models.teacher: {type: replay, path: answers.jsonl}}
+"""
+    folder(tmp_path, written("http://127.0.0.1:9/v1", arms))
+    assert stages(tmp_path, "one_filter")[1] == {"filter": {"filters": [{"finished": {}}]}}
+    first, second = stages(tmp_path, "both")
+    assert first == {"filter": {"filters": [{"words": {"min": 3}}], "control": "random"}}
+    assert list(second) == ["evaluate"]
+    assert [next(iter(stage)) for stage in stages(tmp_path, "more")] == ["generate", "filter", "evaluate", "evaluate"]
+    assert draft(tmp_path / "recipe.yaml").arms["teacher"].recipe.models["teacher"].type == "replay"  # type: ignore[union-attr]
+    # `--set` comes first, and items count as in the file
+    assert [list(stage) for stage in stages(tmp_path, "one_filter", "stages.0=null")] == [["filter"], ["evaluate"]]
+    assert stages(tmp_path, "one_filter", "stages.1.filter.1.words.min=9", "arms.one_filter={seed: 9}")[1] == {
+        "filter": {"filters": [{"finished": {}}, {"words": {"min": 9}}]}
+    }
+    assert not draft(tmp_path / "recipe.yaml", ["arms=null"]).arms
+
+
+def test_an_arm_below_repeat_loses_a_stage_and_keeps_the_lines(tmp_path: Path) -> None:
+    loop = """\
+  - repeat:
+      times: 2
+      stages:
+        - generate: {model: teacher, max_tokens: 16}
+        - filter: [finished]
+        - filter: [{words: {minn: 3}}]
+        - train: {method: sft, student: good}
+  - evaluate: {students: [good]}
+"""
+    folder(tmp_path, written("http://127.0.0.1:9/v1", "arms:\n  a: {stages.0.repeat.stages.1: null}\n", loop))
+    done = typed(tmp_path, "check", "recipe.yaml")
+    told(done, 2, "recipe.yaml:15: unknown key 'stages.0.repeat.stages.2.filter", "did you mean 'min'")
+    assert "arm a" not in done.stderr  # it is the same mistake, on the same line
+    fixed = (tmp_path / "recipe.yaml").read_text().replace("minn", "min").replace("[finished]", "[finishd]")
+    (tmp_path / "recipe.yaml").write_text(fixed)
+    done = typed(tmp_path, "check", "recipe.yaml")
+    told(done, 2, "recipe.yaml:14: ", "did you mean 'finished'")
+    assert "arm a" not in done.stderr  # it has no such stage
+
+
+def test_arms_are_inherited_replaced_and_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, written("http://127.0.0.1:9/v1"))
+    child = "extends: recipe.yaml\nname: child\narms:\n  random: null\n  poor: {seed: 4}\n  new: {seed: 5}\n"
+    (tmp_path / "child.yaml").write_text(child)
+    made = draft(tmp_path / "child.yaml")
+    assert {name: one.recipe and one.recipe.name for name, one in made.arms.items()} == {
+        "no_filter": "child.no_filter", "poor": "child.poor", "new": "child.new",
+    }  # fmt: skip
+    assert made.recipe is not None
+    assert made.recipe.arms["poor"] == {"seed": 4}
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_required_is_required_of_the_recipe_alone(tmp_path: Path) -> None:
+    gated = STAGES.replace("evaluate: {", "evaluate: {require: {correct: '>= 50 %'}, ")
+    with in_thread(script) as server:
+        folder(tmp_path, written(server.url, stages=gated))
+        assert typed(tmp_path, "run", "recipe.yaml").returncode == 0
+        assert "Not met" in facts(comparison(tmp_path))["poor"]["why"]
+        told(typed(tmp_path, "run", "recipe.yaml", "--set", "stages.2.evaluate.students=[poor]"), 14, "Not met")
+        assert set(facts(comparison(tmp_path))) == {"tiny", "no_filter", "random", "poor"}
+
+
+def test_an_arm_that_fails_ends_the_command_when_the_others_are_done(tmp_path: Path) -> None:
+    async def failing(body: dict[str, Any], before: int) -> Any:
+        return error(400, "no such thing") if body["model"] == "poor" else await script(body, before)
+
+    arms = "arms:\n  poor: {stages.0.generate.model: poor}\n  again: {stages.0.generate.n: 1}\n"
+    with in_thread(failing) as server:
+        folder(tmp_path, written(server.url, arms))
+        done = typed(tmp_path, "run", "recipe.yaml")
+    told(done, 3, "tiny.poor")
+    made = comparison(tmp_path)
+    assert (facts(made)["poor"]["status"], facts(made)["again"]["status"]) == ("stopped", "done")
+    assert made["notes"][-1:] == ["poor has come to no evaluation, and is not compared."]
+    assert values(made)["again", "correct"] == 1
+    assert "again" in done.stdout
+
+
+def test_the_budget_is_one_wall_for_all_arms(tmp_path: Path) -> None:
+    with in_thread(script) as server:
+        folder(tmp_path, "budget: {requests: 40}\n" + written(server.url))
+        for _ in range(2):  # what was spent in an arm counts at the next start, too
+            told(typed(tmp_path, "run", "recipe.yaml"), 5, "budget.requests: 40")
+            assert len(server.bodies) == 40
+        made = comparison(tmp_path)
+        assert set(facts(made)) == {"tiny", "no_filter", "random"}
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_and_finished_runs_are_compared_as_arms_are(tmp_path: Path) -> None:
+    other = STAGES.replace("[good]", "[poor]").replace("n: 2", "n: 1")
+    with in_thread(script) as server:
+        folder(tmp_path, written(server.url, arms=""))
+        (tmp_path / "other.yaml").write_text(written(server.url, "", other, "other"))
+        assert typed(tmp_path, "run", "recipe.yaml").returncode == 0
+        asked = len(server.bodies)
+        done = typed(tmp_path, "compare", "recipe.yaml", "other.yaml")
+        assert done.returncode == 0, done.stderr
+        assert len(server.bodies) == asked + HELD_OUT
+        made = comparison(tmp_path)
+        assert {name: one["asked"] for name, one in facts(made).items()} == {"tiny": asked, "other": HELD_OUT}
+        assert values(made)["other", "correct"] == 0
+        again = typed(tmp_path, "compare", "tiny", "runs/other")
+        assert (again.returncode, again.stdout) == (0, done.stdout)
+        assert comparison(tmp_path) == made
+        assert typed(tmp_path, "show", "tiny").stdout.count("Arm other against tiny") == 2
+        assert len(server.bodies) == asked + HELD_OUT
+    told(typed(tmp_path, "compare", "tiny"), 2, "two recipes or more")
+    told(typed(tmp_path, "compare", "tiny", "other.yaml"), 2, "recipes, or finished runs")
+    told(typed(tmp_path, "compare", "recipe.yaml", "recipe.yaml"), 2, "called 'tiny'")
+    told(typed(tmp_path, "compare", "recipe.yaml", "nothing"), 2, "no recipe 'nothing'")
+
+
+def test_only_prompts_that_all_have_answered_are_compared(tmp_path: Path) -> None:
+    arms = "arms:\n  other_split: {seed: 11}\n  elsewhere: {prompts.0.path: more.jsonl}\n"
+    with in_thread(script) as server:
+        folder(tmp_path, written(server.url, arms))
+        more = [json.dumps({"prompt": f"How warm is thing number {i}?", "reference": "blue"}) for i in range(24)]
+        (tmp_path / "more.jsonl").write_text("\n".join(more) + "\n")
+        done = typed(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+    made = comparison(tmp_path)
+    sides = [
+        {
+            row["prompt"]["id"]
+            for path in (tmp_path / f"runs/{run}").glob("*-evaluate-*/kept-*")
+            for row in read_jsonl(path)
+        }
+        for run in ("tiny", "tiny.other_split")
+    ]
+    common = sides[0] & sides[1]
+    assert 0 < len(common) < HELD_OUT
+    assert made["prompts"] == len(common)
+    assert {row["n"] for row in made["rows"] if row["measure"] == "correct"} == {len(common)}
+    assert f"tiny was measured on 12 prompts; compared are the {len(common)} that all have." in made["notes"]
+    assert "elsewhere was measured on other prompts, and is not compared." in made["notes"]
+    assert {row["model"] for row in made["rows"]} == {"tiny", "other_split"}
+    if len(common) < 10:
+        assert f"{len(common)} prompts are too few to conclude anything" in done.stdout

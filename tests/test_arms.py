@@ -14,6 +14,7 @@ from factory.knobs import written_out
 from factory.recipe import draft
 from tests.command import asked_in_vain, attempts, folder, read_jsonl, recipe, report, started, told, typed, until
 from tests.server import chat, error, held, in_thread
+from tests.tiny import tiny_model
 
 HELD_OUT = 12
 STAGES = """\
@@ -248,7 +249,9 @@ def test_an_arm_below_repeat_loses_a_stage_and_keeps_the_lines(tmp_path: Path) -
     (tmp_path / "recipe.yaml").write_text(fixed)
     done = typed(tmp_path, "check", "recipe.yaml")
     told(done, 2, "recipe.yaml:14: ", "did you mean 'finished'")
-    assert "arm a" not in done.stderr  # it has no such stage
+    assert not [
+        line for line in done.stderr.splitlines() if "arm a" in line and "finish" in line
+    ]  # it has no such stage
 
 
 def test_arms_are_inherited_replaced_and_left_out(tmp_path: Path) -> None:
@@ -355,3 +358,40 @@ def test_only_prompts_that_all_have_answered_are_compared(tmp_path: Path) -> Non
     assert {row["model"] for row in made["rows"]} == {"tiny", "other_split"}
     if len(common) < 10:
         assert f"{len(common)} prompts are too few to conclude anything" in done.stdout
+
+
+def test_loss_on_the_teachers_answers_is_compared_where_the_teacher_said_the_same(tmp_path: Path) -> None:
+    async def saying(body: dict[str, Any], before: int) -> dict[str, Any]:
+        """`good` says what the teacher says; `poor` does so for odd numbers."""
+        number = int(body["messages"][-1]["content"].rstrip("?").rpartition(" ")[2])
+        same = body["model"] != "poor" or number % 2
+        return chat(body, texts=["It is blue." if same else "It is red."] * body.get("n", 1))
+
+    models = [tiny_model(tmp_path / name, seed=i) for i, name in enumerate(("base", "other"))]
+    measuring = STAGES.replace("[good]", "[base]")
+    arms = f"""\
+arms:
+  other_base: {{models.base.model: {models[1]}}}
+  other_teacher: {{stages.2.evaluate.teacher: poor}}
+"""
+    with in_thread(saying) as server:
+        text = written(server.url, arms, measuring)
+        folder(tmp_path, text.replace("prompts:\n", f"  base: {{type: transformers, model: {models[0]}}}\nprompts:\n"))
+        done = typed(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+    made = comparison(tmp_path)
+    rows = {(row["model"], row["measure"]): row for row in made["rows"]}
+    for arm in ("tiny", "other_base"):
+        own = {
+            row["measure"]: row["value"]
+            for row in report(tmp_path, f"runs/tiny{'.' + arm if arm != 'tiny' else ''}")["evaluation"]
+            if row["role"] == "base"
+        }
+        for measure in ("teacher_loss", "token_agreement", "teacher_overlap"):
+            assert rows[arm, measure]["value"] == pytest.approx(own[measure])
+    assert rows["tiny", "teacher_loss"]["n"] == HELD_OUT
+    assert 0 < rows["other_teacher", "teacher_loss"]["n"] < HELD_OUT
+    found = {(c["a"], c["measure"]): c for c in made["comparisons"]}
+    assert found["other_base", "teacher_loss"]["value"] != 0
+    assert found["other_teacher", "teacher_loss"]["value"] == 0  # the same model on the same answers
+    assert found["other_teacher", "teacher_loss"]["n"] == rows["other_teacher", "teacher_loss"]["n"]

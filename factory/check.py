@@ -22,6 +22,7 @@ from factory.prompts import PromptList, PromptLists, lint, load_one, together
 from factory.recipe import Draft, Recipe, warnings
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.teachers import ModelEntry
 from factory.teachers.anthropic import Anthropic
 from factory.teachers.capabilities import LOCAL
 from factory.teachers.entry import url_problem
@@ -153,10 +154,10 @@ def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]
                     yield at, f"models.{name}: {why}{hint}"
 
 
-def live(recipe: Recipe, runs: Path) -> Iterator[str]:
-    """Ask each endpoint of the recipe; lines for people, as they come. Raises at the end if one of them failed."""
+def live(draft: Draft, runs: Path) -> Iterator[str]:
+    """Ask each endpoint of the recipe and its arms; lines for people, as they come. Raises at the end if one of them failed."""
     error: FactoryError | None = None
-    for name, entry in recipe.models.items():
+    for name, entry in _everybody(draft).items():
         if not isinstance(entry, OpenAI | Anthropic):
             yield f"models.{name}: {entry.type} is no endpoint with a key; nothing was sent"
             continue
@@ -170,6 +171,16 @@ def live(recipe: Recipe, runs: Path) -> Iterator[str]:
         yield from _lines(name, entry.model, found)
     if error is not None:
         raise error
+
+
+def _everybody(draft: Draft) -> dict[str, ModelEntry]:
+    """The models of the recipe, and those that are other ones in an arm."""
+    assert draft.recipe is not None, "checked before"
+    found = dict(draft.recipe.models)
+    for name, arm in draft.arms.items():
+        its = arm.recipe.models if arm.recipe else {}
+        found |= {f"{model} (arm {name})": entry for model, entry in its.items() if entry != found.get(model)}
+    return found
 
 
 def _lines(name: str, model: str, found: Probe) -> Iterator[str]:

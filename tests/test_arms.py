@@ -74,6 +74,7 @@ def test_what_arms_share_is_asked_and_made_once_and_they_are_measured_alike(tmp_
         again = typed(tmp_path, "run", "recipe.yaml")
         assert (again.returncode, again.stdout) == (0, done.stdout)
         assert len(server.bodies) == asked
+        assert typed(tmp_path, "check", "runs/tiny/recipe.yaml").returncode == 0  # the resolved recipe, arms included
     made = comparison(tmp_path)
     arms = facts(made)
     assert {name: one["asked"] for name, one in arms.items()} == {
@@ -395,3 +396,14 @@ arms:
     assert found["other_base", "teacher_loss"]["value"] != 0
     assert found["other_teacher", "teacher_loss"]["value"] == 0  # the same model on the same answers
     assert found["other_teacher", "teacher_loss"]["n"] == rows["other_teacher", "teacher_loss"]["n"]
+
+
+def test_a_live_check_asks_the_models_of_arms_too(tmp_path: Path) -> None:
+    with in_thread(script) as server:
+        other = f'arms:\n  other: {{models.teacher: {{type: openai, model: good, base_url: "{server.url}"}}}}\n'
+        folder(tmp_path, written(server.url, other))
+        done = typed(tmp_path, "check", "recipe.yaml", "--live")
+        assert done.returncode == 0, done.stderr
+    assert {"models.teacher", "models.good", "models.poor", "models.teacher (arm other)"} == {
+        line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("models.")
+    }

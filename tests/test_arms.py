@@ -369,33 +369,35 @@ def test_loss_on_the_teachers_answers_is_compared_where_the_teacher_said_the_sam
         return chat(body, texts=["It is blue." if same else "It is red."] * body.get("n", 1))
 
     models = [tiny_model(tmp_path / name, seed=i) for i, name in enumerate(("base", "other"))]
-    measuring = STAGES.replace("[good]", "[base]")
-    arms = f"""\
-arms:
-  other_base: {{models.base.model: {models[1]}}}
-  other_teacher: {{stages.2.evaluate.teacher: poor}}
-"""
+    arm = f"arms:\n  other: {{models.base.model: {models[1]}, stages.2.evaluate.teacher: poor}}\n"
     with in_thread(saying) as server:
-        text = written(server.url, arms, measuring)
+        text = written(server.url, arm, STAGES.replace("[good]", "[base]"))
         folder(tmp_path, text.replace("prompts:\n", f"  base: {{type: transformers, model: {models[0]}}}\nprompts:\n"))
         done = typed(tmp_path, "run", "recipe.yaml")
         assert done.returncode == 0, done.stderr
     made = comparison(tmp_path)
     rows = {(row["model"], row["measure"]): row for row in made["rows"]}
-    for arm in ("tiny", "other_base"):
-        own = {
-            row["measure"]: row["value"]
-            for row in report(tmp_path, f"runs/tiny{'.' + arm if arm != 'tiny' else ''}")["evaluation"]
-            if row["role"] == "base"
+    own = {
+        run: {
+            row["prompt"]: row["values"]["base"]
+            for row in read_jsonl(next((tmp_path / "runs" / run).glob("*-evaluate-*/values.jsonl")))
         }
-        for measure in ("teacher_loss", "token_agreement", "teacher_overlap"):
-            assert rows[arm, measure]["value"] == pytest.approx(own[measure])
-    assert rows["tiny", "teacher_loss"]["n"] == HELD_OUT
-    assert 0 < rows["other_teacher", "teacher_loss"]["n"] < HELD_OUT
-    found = {(c["a"], c["measure"]): c for c in made["comparisons"]}
-    assert found["other_base", "teacher_loss"]["value"] != 0
-    assert found["other_teacher", "teacher_loss"]["value"] == 0  # the same model on the same answers
-    assert found["other_teacher", "teacher_loss"]["n"] == rows["other_teacher", "teacher_loss"]["n"]
+        for run in ("tiny", "tiny.other")
+    }
+    odd = {
+        row["prompt"]["id"]
+        for path in (tmp_path / "runs/tiny").glob("*-evaluate-*/*-*.jsonl")
+        for row in read_jsonl(path)
+        if int(row["prompt"]["messages"][0]["content"].rstrip("?").rpartition(" ")[2]) % 2
+    }
+    assert 0 < len(odd) < HELD_OUT
+    for measure in ("teacher_loss", "token_agreement"):
+        first, other = ({prompt: told[measure] for prompt, told in own[run].items()} for run in own)
+        assert rows["tiny", measure]["value"] == pytest.approx(sum(first.values()) / HELD_OUT)
+        assert rows["other", measure]["value"] == pytest.approx(sum(other[prompt] for prompt in odd) / len(odd))
+        (c,) = [c for c in made["comparisons"] if c["measure"] == measure]
+        assert (c["a"], c["n"]) == ("other", len(odd))
+        assert c["value"] == pytest.approx(sum(other[prompt] - first[prompt] for prompt in odd) / len(odd))
 
 
 def test_a_live_check_asks_the_models_of_arms_too(tmp_path: Path) -> None:

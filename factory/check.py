@@ -5,8 +5,9 @@ With `--live`, and only then, each endpoint is asked a few tiny questions: who a
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from factory.curate import Curate
@@ -154,10 +155,10 @@ def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]
                     yield at, f"models.{name}: {why}{hint}"
 
 
-def live(draft: Draft, runs: Path) -> Iterator[str]:
+def live(recipe: Recipe, runs: Path, arms: Mapping[str, Draft] = MappingProxyType({})) -> Iterator[str]:
     """Ask each endpoint of the recipe and its arms; lines for people, as they come. Raises at the end if one of them failed."""
     error: FactoryError | None = None
-    for name, entry in _everybody(draft).items():
+    for name, entry in _everybody(recipe, arms).items():
         if not isinstance(entry, OpenAI | Anthropic):
             yield f"models.{name}: {entry.type} is no endpoint with a key; nothing was sent"
             continue
@@ -173,11 +174,10 @@ def live(draft: Draft, runs: Path) -> Iterator[str]:
         raise error
 
 
-def _everybody(draft: Draft) -> dict[str, ModelEntry]:
+def _everybody(recipe: Recipe, arms: Mapping[str, Draft]) -> dict[str, ModelEntry]:
     """The models of the recipe, and those that are other ones in an arm."""
-    assert draft.recipe is not None, "checked before"
-    found = dict(draft.recipe.models)
-    for name, arm in draft.arms.items():
+    found = dict(recipe.models)
+    for name, arm in arms.items():
         its = arm.recipe.models if arm.recipe else {}
         found |= {f"{model} (arm {name})": entry for model, entry in its.items() if entry != found.get(model)}
     return found

@@ -281,7 +281,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"warning: {line}")
     print(f"{draft.recipe.name}: the recipe is valid")
     if arguments.live:
-        for line in live(draft, arguments.runs):
+        for line in live(draft.recipe, arguments.runs, draft.arms):
             print(line, flush=True)
     return 0
 

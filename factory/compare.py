@@ -67,14 +67,15 @@ def compared(runs: list[Run], allow_code: bool = False) -> Row:
 
 def as_text(told: Row) -> str:
     """The table and the sentences, for a terminal; `report.json` and `report.html` of the first run have all measures."""
-    width = max(len(one["arm"]) for one in told["arms"])
+    measures = sorted(m for m in told["measures"] if m.startswith(report.CHARTED))
+    width = max(map(len, [*(one["arm"] for one in told["arms"]), *measures]))
     lines = [f"{'arm':{width}}  {'rows trained':>14} {'asked':>8} {'USD':>9}  state"]
     for one in told["arms"]:
         rows = " + ".join(str(each["rows"]) for each in one["trained"]) or "none"
         state = f"{one['status']}: {one['why']}" if one["why"] else one["status"]
         lines.append(f"{one['arm']:{width}}  {rows:>14} {one['asked']:8} {one['usd']:9.4g}  {state}")
     paired = {(c["measure"], c["a"]): c for c in told["comparisons"]}
-    for measure in sorted(m for m in told["measures"] if m.startswith(report.CHARTED)):
+    for measure in measures:
         lines += [
             "",
             f"{measure:{width}}  {'value':>7}  {'95 % interval':17} {'difference':>10}  95 % interval        p",
@@ -113,6 +114,7 @@ def _facts(run: Run, changes: Row | None) -> Row:
         "arm": run.name,
         "run": run.folder.name,
         "changes": changes or {},
+        "stages": run.manifest["stages"],
         "status": run.manifest["status"],
         "why": run.manifest.get("why"),
         "trained": [{"student": one["student"], "rows": one["kept"]} for one in trained],
@@ -131,13 +133,13 @@ def _asked(evaluation: StageFolder) -> tuple[str, str | None]:
 
 def _answers(evaluation: StageFolder, model: str | None) -> ById:
     """What a model has answered, as if nothing had judged it yet."""
-    found: ById = {}
+    found: dict[str, dict[int, Sample]] = {}
     for ending in ENDINGS:
         for sample in evaluation.rows(Sample, ending):
             if sample.model == model:
                 plain = replace(sample, verdicts=[one for one in sample.verdicts if one.filter == "generate"])
-                found.setdefault(sample.prompt.id, []).append(plain)
-    return {prompt: sorted(answers, key=lambda one: one.draw) for prompt, answers in found.items()}
+                found.setdefault(sample.prompt.id, {})[sample.draw] = plain
+    return {prompt: [drawn[i] for i in sorted(drawn)] for prompt, drawn in found.items()}
 
 
 def _known(evaluation: StageFolder, student: str) -> dict[str, dict[str, float | None]]:

@@ -39,16 +39,7 @@ from factory.recipe_file import find
 from factory.rounds import Measured, Rounds
 from factory.rows import digest
 from factory.rubric import load as load_rubric
-from factory.run import (
-    COMPARISON,
-    PROMPTS_DROPPED,
-    StageFolder,
-    StageWriter,
-    stopped_by,
-    write_bytes,
-    write_json,
-    write_lines,
-)
+from factory.run import PROMPTS_DROPPED, StageFolder, StageWriter, stopped_by, write_bytes, write_json, write_lines
 from factory.teachers.vllm_server import stop_orphans
 from factory.train import Train
 
@@ -134,7 +125,6 @@ class Work:
     def begin(self, steps: list[Step]) -> None:
         """Before anything is sent: prompts in, what is odd about them said, missing keys and weights found."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / COMPARISON).unlink(missing_ok=True)  # it may not hold any more
         stop_orphans(self.runs / "servers")
         for line in lint(self.prompts):
             say(f"prompts: {line}")

@@ -145,6 +145,15 @@ class StageWriter:
         return StageFolder(self.final)
 
 
+def comparison(run: Path, stages: list[str]) -> dict[str, Any] | None:
+    """What a run was compared with, if that can be read and the run is still made of the same stages."""
+    try:
+        told: dict[str, Any] = msgspec.json.decode((run / COMPARISON).read_bytes())
+        return told if told["arms"][0]["stages"] == stages else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write whole or not at all."""
     write_bytes(path, msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")

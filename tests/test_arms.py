@@ -326,6 +326,12 @@ def test_recipes_and_finished_runs_are_compared_as_arms_are(tmp_path: Path) -> N
         assert (again.returncode, again.stdout) == (0, done.stdout)
         assert comparison(tmp_path) == made
         assert typed(tmp_path, "show", "tiny").stdout.count("Arm other against tiny") == 2
+        # what is not about the run as it is now is not shown
+        assert typed(tmp_path, "run", "recipe.yaml", "--set", "stages.1.filter.1=null").returncode == 0
+        assert "Arm other" not in typed(tmp_path, "show", "tiny").stdout
+        assert report(tmp_path)["arms"] is None
+        assert typed(tmp_path, "run", "recipe.yaml").returncode == 0
+        assert comparison(tmp_path) == made
         assert len(server.bodies) == asked + HELD_OUT
     told(typed(tmp_path, "compare", "tiny"), 2, "two recipes or more")
     told(typed(tmp_path, "compare", "tiny", "other.yaml"), 2, "recipes, or finished runs")

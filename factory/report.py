@@ -18,7 +18,7 @@ from factory.findings import findings, length_predicts
 from factory.measures import RATES
 from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired
-from factory.run import StageFolder, write_bytes, write_json
+from factory.run import StageFolder, comparison, write_bytes, write_json
 
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
@@ -66,6 +66,7 @@ def collect(run: Path) -> dict[str, Any]:
         "lists": list(chain.from_iterable(e.get("lists", []) for e in evaluations)),
         "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
+        "arms": comparison(run, manifest["stages"]),
         "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],
         "spent": _spent(manifest),

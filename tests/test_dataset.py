@@ -187,7 +187,7 @@ print(json.dumps([len(trainer.train_dataset), trainer.state.log_history[0]["loss
 def test_trl_trains_on_the_rows_for_kto(tmp_path: Path) -> None:
     rows = [unpaired(i, completion=said(f"answer {i}"), prompt=SYSTEM) for i in range(8)]
     folder, model = write(tmp_path, config("student", rows)), tiny_model(tmp_path / "tiny")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KTO, str(folder), str(model), str(tmp_path / "out")],
         capture_output=True, text=True, env=environment, timeout=240,

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from factory.child import die_with_parent, end_with_input
+from factory.child import die_with_parent, end_with_input, loading
 from factory.errors import FactoryError
 from factory.rows import kind_of
 from factory.train import REFUSED
@@ -39,9 +39,11 @@ def main() -> None:
 
 
 def _train(job: dict[str, Any], out: Path, told: Any) -> None:
-    import torch
+    with loading():
+        import torch
+        import trl.trainer.sft_trainer  # noqa: F401  (brings what all trainers share)
 
-    from factory.trainers.watch import Watch, entry, last_checkpoint
+        from factory.trainers.watch import Watch, entry, last_checkpoint
 
     on_gpu = torch.cuda.is_available()
     args = {"seed": job["seed"], "output_dir": job["checkpoints"]} | _defaults(on_gpu) | job["args"]

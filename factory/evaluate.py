@@ -29,13 +29,15 @@ from factory.tally import Tally
 from factory.teachers.entry import Endpoint
 from factory.teachers.transformers import Forced, Transformers, TransformersTeacher
 from factory.weights import materialise_in_child
+from factory.win_rate import Compared, WinRate, compare
 
 
 class Evaluate(Knobs):
     """`evaluate:`; the first of `students` that is a model of the recipe is the base that others are compared with.
 
     Each model answers once at `temperature`. With `n`, it answers greedily, and n times at `temperature` beside that:
-    pass@1 and pass@`k` (default n). `gold` is a student that was trained on ground truth. `require` holds measures of the
+    pass@1 and pass@`k` (default n). `gold` is a student that was trained on ground truth. `judge` compares answers of two
+    models. `require` holds measures of the
     last student against limits: `{retention: ">= 0.8"}`.
     """
 
@@ -50,6 +52,7 @@ class Evaluate(Knobs):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int | None = Field(None, gt=0)
     reference: MatchesReference = MatchesReference()
+    judge: WinRate | None = None
     require: dict[str, str] = {}
 
     @field_validator("students")
@@ -76,6 +79,8 @@ class Evaluate(Knobs):
             raise ValueError(f"k: pass@{self.k} needs as many sampled answers; set n to {self.k} or more")
         if self.gold is not None and self.gold in self.students:
             raise ValueError(f"gold: {self.gold} is one of the students; name it once")
+        if self.judge is not None and "teacher" in self.judge.against and self.teacher is None:
+            raise ValueError("judge: against the teacher, but there is none; name one with `teacher:`")
         return self
 
 
@@ -89,6 +94,7 @@ class Examiner:
         self.filters, self.reference = filters, knobs.reference.open(models)
         self.tallies: list[Tally] = []
         self.footprints: list[dict[str, Any]] = []
+        self.compared: Compared | None = None
 
     async def scored(
         self, name: str, role: str, asker: Asker, like: Generate | None, view: Asker, teacher: Scored | None = None
@@ -168,5 +174,9 @@ async def evaluate(
     for name in [*knobs.students, *([knobs.gold] if knobs.gold else [])]:
         role = "gold" if name == knobs.gold else "student" if name in examiner.models.trained else "base"
         scored.append(await examiner.scored(name, role, view, taught, view, teacher))
+    if knobs.judge is not None:
+        examiner.compared = await compare(knobs.judge, scored, examiner.models, examiner.desk, examiner.seed)
     answers = [sample for model in scored for sample in model.answers()]
-    return {**summary(scored, examiner.seed), "models": examiner.footprints, "footprint": FACTS}, answers
+    judged = examiner.compared.told if examiner.compared else []
+    found = {**summary(scored, examiner.seed), "judged": judged, "models": examiner.footprints, "footprint": FACTS}
+    return found, answers

@@ -19,6 +19,9 @@ LENGTH_TELLS = 0.6
 MANY_UNREAD = 0.1
 """Share of answers without a readable result from which `correct` is said to measure the form as well."""
 
+PLACE_TELLS = 0.5
+"""Share of a judge's comparisons decided by place from which its win rate is not believed."""
+
 LEVEL = 0.05
 """Of the tests: the chance of a claim where there is nothing."""
 
@@ -88,6 +91,8 @@ def _of_evaluation(report: Row) -> Iterator[str]:
             if (name, measure) in rows:
                 yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
         yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
+        judged = (one for one in report.get("judged", []) if one["a"] == name)
+        yield from (_capital(text) for one in judged if (text := _of_wins(who, one, rows, several)))
         for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
             yield from (_capital(text) for text in told(who, paired))
     if not any(row["measure"] == "correct" for row in report["evaluation"]):
@@ -171,6 +176,33 @@ def _of_draws(who: str, name: str, rows: Rows, paired: Rows) -> Iterator[str]:
         if one["low"] > 0 and not c["low"] > 0:
             told += f": it is right more often at once, but not shown to be so in {measure[5:]} tries, which may be sharpening alone"
         yield f"{told}."
+
+
+def _of_wins(who: str, judged: Row, rows: Rows, several: bool) -> str | None:
+    """What a judge prefers, and what is left of it at equal length."""
+    won, level = (rows.get((judged["a"], prefix + judged["measure"])) for prefix in ("", "lc_"))
+    if won is None:
+        return None
+    told = (
+        f"the judge prefers {who}'s answers to those of {judged['b']} in {_rate(won)} of {won['n']} prompts (ties half)"
+    )
+    told += f"; at equal length {_rate(level)}" if level else "; at equal length it cannot be told"
+    compared = judged["wins"] + judged["ties"] + judged["losses"]
+    if won["n"] < FEWEST:
+        return f"{told}: {won['n']} prompts are too few to conclude anything."
+    if judged["place_decided"] > PLACE_TELLS * compared:
+        return f"{told}: the place decided {judged['place_decided']} of {compared} comparisons, so this judge tells little."
+    how = _side(won)
+    if not how or (several and won["p_holm"] >= LEVEL):
+        return f"{told}: this run does not show a preference."
+    if level is None or _side(level) == how:
+        return f"{told}: its judge finds them {how}."
+    return f"{told}: it finds them {how}, but no preference is shown at equal length, so length may be what it goes by."
+
+
+def _side(rate: Row) -> str | None:
+    """On which side of one half a rate's interval lies."""
+    return "better" if rate["low"] > 0.5 else "worse" if rate["high"] < 0.5 else None
 
 
 def _of_style(who: str, paired: Rows) -> Iterator[str]:

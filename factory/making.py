@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +216,18 @@ class Making:
         data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)
         facts |= _cost(examiner.tallies)
+        if compared := examiner.compared:
+            facts |= {
+                **_cost([*examiner.tallies, compared.tally]),
+                "draws": facts["draws"],
+                "verdicts": compared.verdicts,
+            }
         return _put_all(out, answers, step.title)
 
     def check_failures(self) -> None:
         """TooManyFailures where a stage has lost more draws than the limit allows; all that can be done is done by then."""
-        for folder in self.made.values():
-            lost = Lost(**folder.manifest.get("draws", {}))
+        for folder, asked in product(self.made.values(), ("draws", "verdicts")):
+            lost = Lost(**folder.manifest.get(asked, {}))
             if told := lost.beyond(self.desk.max_failed):
                 then = ". --retry-failed asks again for what has no answer" if lost.unanswered else ""
                 raise TooManyFailures(f"{folder.path.name}: {told}. What is finished stands in {self.folder}{then}")

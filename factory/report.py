@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections import Counter
 from decimal import Decimal
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from factory.run import StageFolder, write_bytes, write_json
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
-CHARTED = ("accepted", "correct", "finished", "pass@", "teacher_loss", "words")
+CHARTED = ("accepted", "correct", "finished", "pass@", "win_rate", "lc_win_rate", "teacher_loss", "words")
 """Measures with a chart of their own; the table has all of them."""
 MAX_SAMPLES = 40
 MAX_CHARACTERS = 600_000
@@ -66,6 +66,7 @@ def collect(run: Path) -> dict[str, Any]:
         "lists": list(chain.from_iterable(e.get("lists", []) for e in evaluations)),
         "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
+        "judged": list(chain.from_iterable(e.get("judged", []) for e in evaluations)),
         "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],
         "spent": _spent(manifest),
@@ -190,8 +191,8 @@ def _lengths(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any]
 
 def _warnings(stages: list[tuple[StageFolder, dict[str, Any]]], evaluations: list[dict[str, Any]]) -> list[str]:
     told = [f"{_title(manifest)}: {line}" for _, manifest in stages for line in manifest.get("warnings", [])]
-    for _, m in stages:
-        if (draws := m.get("draws", {})).get("unreadable"):
+    for (_, m), asked in product(stages, ("draws", "verdicts")):
+        if (draws := m.get(asked, {})).get("unreadable"):
             count = f"{draws['unreadable']:,} of {draws['planned']:,}"
             told.append(f"{_title(m)}: {count} verdicts could not be read; the first verdict: {draws['flaw']}")
     told += [f"{_title(m)}: nothing was kept" for _, m in stages if m["in"] and not m["kept"]]
@@ -239,7 +240,7 @@ def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for measure in dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith(CHARTED)):
         of_it = [row for row in rows if row["measure"] == measure]
-        rate = measure in RATES or "@" in measure
+        rate = measure in RATES or "@" in measure or "win_rate" in measure
         top = 1.0 if rate else max([row["high"] for row in of_it] + [1e-9]) * 1.05
         found.append({"measure": measure, "rate": rate, "top": top, "rows": of_it})
     return found

@@ -2,7 +2,8 @@
 
 Comparisons are of four kinds. `difference`: student - base. `beside_gold`: student - the one trained on ground truth.
 `ratio` (retention): student / teacher. `gap`: (student - base) / (teacher - base). Differences of rates carry the exact
-McNemar p-value, and `p_holm`, which is corrected for the number of students.
+McNemar p-value, and `p_holm`, which is corrected for the number of students. Win rates carry those of the exact sign test
+of wins against losses, and have their value at equal length beside them.
 """
 
 import math
@@ -24,6 +25,7 @@ Row = dict[str, Any]
 def summary(models: list[Scored], seed: int) -> Row:
     """`evaluation.json`: rows, comparisons, samples side by side."""
     rows = [row for model in models for row in _rows(model, seed)]
+    _correct_for_many(rows)
     return {
         "rows": rows,
         "comparisons": list(_comparisons(models, seed)),
@@ -43,10 +45,14 @@ def _rows(model: Scored, seed: int) -> Iterator[Row]:
         if not known:
             continue
         mean = math.fsum(known) / len(known)
-        # where all of several draws fail, or none, a bootstrap interval has no width
-        rate = measure in RATES or ("@" in measure and mean in (0, 1))
+        wins = model.longer.get(measure)
+        # where all of several draws fail, or none, and where all prompts end alike, a bootstrap interval has no width
+        rate = measure in RATES or (("@" in measure or wins) and min(known) == max(known))
         low, high = stats.wilson(round(mean * len(known)), len(known)) if rate else stats.bootstrap_mean(known, seed)
-        yield _row(model, measure, (mean, low, high), len(known))
+        row = _row(model, measure, (mean, low, high), len(known))
+        yield row if wins is None else {**row, "p": stats.mcnemar(known, [1 - v for v in known])}
+        if wins and not isinstance(level := _at_equal_length(model, measure), str):
+            yield _row(model, f"lc_{measure}", level, len(known))
         if measure == "teacher_loss":  # exp keeps the order, so an interval's ends stay its ends
             yield _row(model, "teacher_perplexity", (_exp(mean), _exp(low), _exp(high)), len(known))
         if measure == "brier":
@@ -54,6 +60,12 @@ def _rows(model: Scored, seed: int) -> Iterator[Row]:
             low, high = stats.bootstrap([(*one, 1.0) for one in off], calibration_error, seed)
             whole = calibration_error(*map(math.fsum, zip(*off, strict=True)), len(off))
             yield _row(model, "ece", (whole, low, high), len(off))
+
+
+def _at_equal_length(model: Scored, measure: str) -> tuple[float, float, float] | str:
+    both = zip(model.values[measure], model.longer[measure], strict=True)
+    known = [(won, float(longer or 0)) for won, longer in both if won is not None]
+    return stats.at_zero([won for won, _ in known], [longer for _, longer in known])
 
 
 def _row(model: Scored, measure: str, told: tuple[float, float, float], n: int) -> Row:
@@ -79,6 +91,12 @@ def _notes(model: Scored) -> Iterator[str]:
     answers = [*model.samples, *(s for drawn in model.drawn for s in drawn)]
     if failed := sum(s.finish == "failed" for s in answers):
         yield f"{failed} of {len(answers)} answers of {model.name} never came; they count as not accepted and not correct"
+
+    for measure in model.longer:
+        if any(v is not None for v in model.values[measure]) and isinstance(
+            why := _at_equal_length(model, measure), str
+        ):
+            yield f"lc_{measure} of {model.name} cannot be told: {why}"
 
 
 def _by_list(models: list[Scored]) -> list[Row]:
@@ -177,10 +195,10 @@ def _calibration(student: Scored, base: Scored, seed: int) -> Iterator[Row]:
 
 
 def _correct_for_many(found: list[Row]) -> None:
-    """Holm's correction over the students, for each measure and kind."""
+    """Holm's correction over the students, for each measure and kind of comparison."""
 
     def family(row: Row) -> tuple[str, str]:
-        return row["measure"], row["kind"]
+        return row["measure"], row.get("kind", "")
 
     for _, rows in groupby(sorted((r for r in found if "p" in r), key=family), key=family):
         together = list(rows)

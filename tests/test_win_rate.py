@@ -25,7 +25,6 @@ from tests.command import attempts, factory, folder, recipe, report, told, typed
 from tests.sample_rows import answer, prompt
 from tests.server import Server, chat, in_thread, serving
 from tests.test_evaluate import named
-from tests.tiny import saying_model
 
 
 def scored(name: str, role: str, texts: list[str]) -> Scored:
@@ -227,25 +226,18 @@ STAGES = """\
 
 
 async def endpoint(body: dict[str, Any], before: int) -> Any:
-    """The teacher says nothing of use; the judge likes what names green, then blue."""
-    if body["model"] != "judge":
-        return chat(body, texts=["I do not know."])
+    """Four models behind one address; the judge likes what names green, then blue."""
+    said = {"m": "I do not know.", "base": "It is blue.", "other": "It is green."}
+    if body["model"] in said:
+        return chat(body, texts=[said[body["model"]]])
     rank = [2 * ("green" in text) + ("blue" in text) for text in shown(body)]
     return chat(body, texts=["Better: tie" if rank[0] == rank[1] else f"Better: {1 if rank[0] > rank[1] else 2}"])
 
 
-def judged_recipe(where: Path, url: str) -> None:
-    base, other = saying_model(where / "base", ["it is blue"]), saying_model(where / "other", ["it is green"])
-    text = recipe(url, base, STAGES)
-    more = (
-        f'  judge: {{type: openai, model: judge, base_url: "{url}"}}\n  other: {{type: transformers, model: {other}}}\n'
-    )
-    folder(where, text.replace("prompts:\n", f"{more}prompts:\n", 1))
-
-
 def test_a_recipe_names_a_judge_and_gates_on_what_it_prefers(tmp_path: Path) -> None:
     with in_thread(endpoint) as server:
-        judged_recipe(tmp_path, server.url)
+        models = "".join(f'  {name}: {{type: openai, model: {name}, base_url: "{server.url}"}}\n' for name in ("base", "other", "judge"))  # fmt: skip
+        folder(tmp_path, recipe(server.url, None, STAGES).replace("prompts:\n", f"{models}prompts:\n", 1))
         done = factory(tmp_path, "run", "recipe.yaml")
         assert done.returncode == 0, done.stderr
         asked = len(attempts(tmp_path))

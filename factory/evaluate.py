@@ -6,6 +6,7 @@ Rates are 0..1 with Wilson 95 % intervals; differences and ratios are paired ove
 """
 
 import time
+from collections.abc import Collection
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal, Self
@@ -88,9 +89,11 @@ class Examiner:
     """Asks every model the same held-out prompts, through the same journal, one model at a time."""
 
     def __init__(
-        self, knobs: Evaluate, prompts: list[Prompt], models: Models, desk: Desk, seed: int, filters: list[RowFilter]
-    ) -> None:
+        self, knobs: Evaluate, prompts: list[Prompt], models: Models, desk: Desk, seed: int, filters: list[RowFilter],
+        outside: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.knobs, self.prompts, self.models, self.desk, self.seed = knobs, prompts, models, desk, seed
+        self.outside = outside
         self.filters, self.reference = filters, knobs.reference.open(models)
         self.tallies: list[Tally] = []
         self.footprints: list[dict[str, Any]] = []
@@ -104,12 +107,13 @@ class Examiner:
         async with self.models.open(name) as model:
             answers, tally = await self._answers(model, asker, like)
             clock_s = time.monotonic() - started
+            memory = await model.teacher.memory() if isinstance(model.teacher, TransformersTeacher) else None
             first, draws = [drawn[0] for drawn in answers], [drawn[1:] for drawn in answers] if knobs.n else None
             scored = Scored(name, role, first, self.filters, self.reference, draws, knobs.k or knobs.n or 1)
             if teacher is not None:
                 scored.add_forced(teacher, await self._forced(model, view, teacher.judged))
         self.tallies.append(tally)
-        self.footprints.append({"model": name, "role": role, **self._footprint(name, tally, clock_s)})
+        self.footprints.append({"model": name, "role": role, **self._footprint(name, tally, clock_s, memory)})
         return scored
 
     async def _answers(self, model: Model, asker: Asker, like: Generate | None) -> tuple[list[list[Sample]], Tally]:
@@ -149,9 +153,11 @@ class Examiner:
                 advance(1)
         return found
 
-    def _footprint(self, name: str, tally: Tally, clock_s: float) -> dict[str, Any]:
+    def _footprint(self, name: str, tally: Tally, clock_s: float, memory: int | None) -> dict[str, Any]:
         entry = self.models.entry(name)
         found = speed_and_price(tally, clock_s if isinstance(entry, Endpoint) and not entry.batch else 0.0, entry.price)
+        if memory is not None:
+            found["peak_memory"] = memory
         if isinstance(entry, Transformers):  # those of a server may be on another machine
             found |= weights_size(materialise_in_child(entry, self.models.runs / "weights"))
         return found
@@ -178,5 +184,10 @@ async def evaluate(
         examiner.compared = await compare(knobs.judge, scored, examiner.models, examiner.desk, examiner.seed)
     answers = [sample for model in scored for sample in model.answers()]
     judged = examiner.compared.told if examiner.compared else []
-    found = {**summary(scored, examiner.seed), "judged": judged, "models": examiner.footprints, "footprint": FACTS}
+    found = {
+        **summary(scored, examiner.seed, examiner.outside),
+        "judged": judged,
+        "models": examiner.footprints,
+        "footprint": FACTS,
+    }
     return found, answers

@@ -91,6 +91,7 @@ def _of_evaluation(report: Row) -> Iterator[str]:
             if (name, measure) in rows:
                 yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
         yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
+        yield from (_capital(text) for text in _of_lists(who, name, report.get("list_comparisons", [])))
         judged = (one for one in report.get("judged", []) if one["a"] == name)
         yield from (_capital(text) for one in judged if (text := _of_wins(who, one, rows, several)))
         for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
@@ -176,6 +177,24 @@ def _of_draws(who: str, name: str, rows: Rows, paired: Rows) -> Iterator[str]:
         if one["low"] > 0 and not c["low"] > 0:
             told += f": it is right more often at once, but not shown to be so in {measure[5:]} tries, which may be sharpening alone"
         yield f"{told}."
+
+
+def _of_lists(who: str, name: str, compared: list[Row]) -> Iterator[str]:
+    """What training has cost or brought elsewhere: on prompt lists none of whose prompts were trained on."""
+    for c in compared:
+        if c["a"] != name or not c["outside"] or c["measure"] != "correct" or c["n"] < FEWEST:
+            continue
+        told = f"on {c['list']}, no prompt of which was trained on ({c['n']} prompts), {who}'s correct answers less the base model's"
+        told += f" are {_points(c['value'])} points ({_points(c['low'])} to {_points(c['high'])})"
+        if not _claimed(c) or not _stands(c):
+            lost = f", a loss of {_points(-c['low'])[1:]} points is not excluded" if c["low"] < 0 else ""
+            yield f"{told}: no forgetting is shown{lost}."
+        elif c["low"] > 0:
+            yield f"{told}: nothing was forgotten, and what was learned carries over."
+        elif c["unread_a"] > MANY_UNREAD * c["n"]:
+            yield f"{told}: forgotten, or only no longer in the form asked for: {c['unread_a']} answers cannot be read."
+        else:
+            yield f"{told}: some of what the base model could do there is forgotten."
 
 
 def _of_wins(who: str, judged: Row, rows: Rows, several: bool) -> str | None:

@@ -211,7 +211,8 @@ class Making:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
         filters = row_filters(self.recipe.stages, self.models)
-        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
+        outside = [one.title for one in self.recipe.prompts if one.held_out == "all"]
+        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters, outside)
         view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
         data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)

@@ -64,6 +64,7 @@ def collect(run: Path) -> dict[str, Any]:
         "comparisons": list(chain.from_iterable(e["comparisons"] for e in evaluations)),
         "measures": {k: v for e in evaluations for k, v in e.get("measures", {}).items()},
         "lists": list(chain.from_iterable(e.get("lists", []) for e in evaluations)),
+        "list_comparisons": list(chain.from_iterable(e.get("list_comparisons", []) for e in evaluations)),
         "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
         "judged": list(chain.from_iterable(e.get("judged", []) for e in evaluations)),

@@ -23,7 +23,7 @@ The map, in the order that data flows (a file imports only from files above it):
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
     stats, measures          intervals and tests; what is measured of answers
-    win_rate                 a judge compares two models' answers
+    win_rate, harness        a judge compares two models' answers; tasks of lm_eval
     footprint, summary       size, speed and price; models compared
     gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing

@@ -20,6 +20,7 @@ from factory.filters.reference import MatchesReference
 from factory.footprint import FACTS, speed_and_price, weights_size
 from factory.gates import mistake
 from factory.generate import Asker, Generate, requests, samples
+from factory.harness import Harness, LmEval, run_tasks
 from factory.knobs import Knobs
 from factory.measures import Scored
 from factory.models import Models
@@ -38,7 +39,7 @@ class Evaluate(Knobs):
 
     Each model answers once at `temperature`. With `n`, it answers greedily, and n times at `temperature` beside that:
     pass@1 and pass@`k` (default n). `gold` is a student that was trained on ground truth. `judge` compares answers of two
-    models. `require` holds measures of the
+    models, `lm_eval` runs tasks of that harness on local ones. `require` holds measures of the
     last student against limits: `{retention: ">= 0.8"}`.
     """
 
@@ -54,6 +55,7 @@ class Evaluate(Knobs):
     max_tokens: int | None = Field(None, gt=0)
     reference: MatchesReference = MatchesReference()
     judge: WinRate | None = None
+    lm_eval: LmEval | None = None
     require: dict[str, str] = {}
 
     @field_validator("students")
@@ -172,6 +174,8 @@ async def evaluate(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """`evaluation.json` and every answer with its verdict; `view` is how students see a prompt."""
     knobs = examiner.knobs
+    if knobs.lm_eval is not None:  # before anything is asked: there may be no such tasks
+        Harness(knobs.lm_eval).child.close()
     scored: list[Scored] = []
     teacher: Scored | None = None
     if knobs.teacher is not None:
@@ -190,4 +194,7 @@ async def evaluate(
         "models": examiner.footprints,
         "footprint": FACTS,
     }
+    if knobs.lm_eval is not None:
+        local = {model.name: model.role for model in scored if model.role != "teacher"}
+        found["lm_eval"] = run_tasks(knobs.lm_eval, local, examiner.models, examiner.seed)
     return found, answers

@@ -92,6 +92,7 @@ def _of_evaluation(report: Row) -> Iterator[str]:
                 yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
         yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
         yield from (_capital(text) for text in _of_lists(who, name, report.get("list_comparisons", [])))
+        yield from (_capital(text) for one in report.get("lm_eval", []) for text in _of_tasks(who, name, one))
         judged = (one for one in report.get("judged", []) if one["a"] == name)
         yield from (_capital(text) for one in judged if (text := _of_wins(who, one, rows, several)))
         for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
@@ -195,6 +196,20 @@ def _of_lists(who: str, name: str, compared: list[Row]) -> Iterator[str]:
             yield f"{told}: forgotten, or only no longer in the form asked for: {c['unread_a']} answers cannot be read."
         else:
             yield f"{told}: some of what the base model could do there is forgotten."
+
+
+def _of_tasks(who: str, name: str, told: Row) -> Iterator[str]:
+    """Tasks of the harness: where a difference is shown, and how many show none."""
+    mine = [c for c in told["comparisons"] if c["a"] == name and c["n"] >= FEWEST]
+    shown = [c for c in mine if _claimed(c) and _stands(c)]
+    for c in shown:
+        how = "higher" if c["low"] > 0 else "lower"
+        yield (
+            f"tasks, {c['task']} ({c['n']} items): {who} has a {how} {c['metric'].partition(',')[0]} than {c['b']}, by "
+            f"{c['value']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})."
+        )
+    if len(mine) > len(shown):
+        yield f"tasks: no difference of {who} from {mine[0]['b']} is shown by {len(mine) - len(shown)} of {len(mine)} results."
 
 
 def _of_wins(who: str, judged: Row, rows: Rows, several: bool) -> str | None:

@@ -120,8 +120,8 @@ def _files(step: Step) -> list[str]:
         case Judge() as knobs:
             labels = [knobs.gold.path] if knobs.gold and knobs.gold.path else []
             return [knobs.rubric, *labels, *([CANARIES] if knobs.canaries else [])]
-        case Evaluate(judge=judge) if judge:
-            return [judge.rubric]
+        case Evaluate(judge=judge, lm_eval=tasks):
+            return [*([judge.rubric] if judge else []), *(tasks.files() if tasks else [])]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:

@@ -67,6 +67,7 @@ def collect(run: Path) -> dict[str, Any]:
         "list_comparisons": list(chain.from_iterable(e.get("list_comparisons", []) for e in evaluations)),
         "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
+        "lm_eval": [e["lm_eval"] for e in evaluations if "lm_eval" in e],
         "judged": list(chain.from_iterable(e.get("judged", []) for e in evaluations)),
         "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],

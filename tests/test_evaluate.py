@@ -239,8 +239,8 @@ FORGETTING = [
     (texts(5), "some of what the base model could do there is forgotten."),
     (texts(13), "no forgetting is shown, a loss of 15 points is not excluded."),
     (
-        ["It is blue."] * 15 + texts(5, 5),
-        "forgotten, or only no longer in the form asked for: 15 answers cannot be read.",
+        ["It is blue."] * 20,
+        "forgotten, or only no longer in the form asked for: 20 answers cannot be read.",
     ),
     (texts(20), "nothing was forgotten, and what was learned carries over."),
 ]

@@ -174,8 +174,8 @@ async def evaluate(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """`evaluation.json` and every answer with its verdict; `view` is how students see a prompt."""
     knobs = examiner.knobs
-    if knobs.lm_eval is not None:  # before anything is asked: there may be no such tasks
-        Harness(knobs.lm_eval).child.close()
+    # before anything is asked: there may be no such tasks
+    harness = Harness(knobs.lm_eval) if knobs.lm_eval else None
     scored: list[Scored] = []
     teacher: Scored | None = None
     if knobs.teacher is not None:
@@ -194,7 +194,7 @@ async def evaluate(
         "models": examiner.footprints,
         "footprint": FACTS,
     }
-    if knobs.lm_eval is not None:
+    if harness is not None:
         local = {model.name: model.role for model in scored if model.role != "teacher"}
-        found["lm_eval"] = run_tasks(knobs.lm_eval, local, examiner.models, examiner.seed)
+        found["lm_eval"] = run_tasks(harness, local, examiner.models, examiner.seed)
     return found, answers

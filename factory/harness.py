@@ -50,7 +50,7 @@ class LmEval(Knobs):
 
 
 class Harness:
-    """The child; it knows the tasks when this is made, or that there are none of these names."""
+    """The child: it knows the tasks when this is made, or that there are none of these names. It ends with this object."""
 
     def __init__(self, knobs: LmEval) -> None:
         self.child = Child("factory.harness", knobs.model_dump_json())
@@ -69,14 +69,11 @@ class Harness:
         return told
 
 
-def run_tasks(knobs: LmEval, named: dict[str, str], models: Models, seed: int) -> Row:
+def run_tasks(harness: Harness, named: dict[str, str], models: Models, seed: int) -> Row:
     """Local models, name -> role, on all tasks: `rows` as the harness tells them, `comparisons` with the base."""
     entries = {name: entry for name in named if isinstance(entry := models.entry(name), Transformers)}
-    harness = Harness(knobs)
-    try:
-        told = {name: harness.measured(entry, models) for name, entry in entries.items()}
-    finally:
-        harness.child.close()
+    told = {name: harness.measured(entry, models) for name, entry in entries.items()}
+    harness.child.close()
     rows = [{"model": name, "role": named[name], **row} for name, found in told.items() for row in found["rows"]]
     base = next((name for name in entries if named[name] == "base"), None)
     found = [

@@ -194,6 +194,8 @@ async def evaluate(
         "models": examiner.footprints,
         "footprint": FACTS,
     }
+    if examiner.compared:
+        found["notes"] += examiner.compared.notes()
     if harness is not None:
         local = {model.name: model.role for model in scored if model.role != "teacher"}
         found["lm_eval"] = run_tasks(harness, local, examiner.models, examiner.seed)

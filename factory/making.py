@@ -18,6 +18,7 @@ from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.judge import Judge, judge, lost
+from factory.model_card import model_card
 from factory.models import Models
 from factory.naming import Naming
 from factory.pair import PairUp, pair, unpaired
@@ -197,6 +198,8 @@ class Making:
             )  # fmt: skip
         if told["steps"] == 0:
             raise RecipeError(f"{step.title}: the trainer took no step; raise args.num_train_epochs or args.max_steps")
+        card = model_card(self.recipe.name, knobs, entry, told)
+        (out.folder / "model" / "README.md").write_text(card, encoding="utf-8")
         facts |= {"student": knobs.as_, "method": knobs.method, "model": "model"}
         out.counts["kept"] += told["rows_trained"]
         for reason, count in told["rows_set_aside"].items():

@@ -5,6 +5,7 @@ Win rate = wins + ties / 2 (Zheng et al., arXiv 2306.05685, section 3.4).
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -58,6 +59,14 @@ class Compared:
             "planned": tally.planned, "unanswered": len(tally.failures), "unreadable": 0, "flaw": tally.flaw,
         }  # fmt: skip
         self.told: list[dict[str, Any]] = []
+
+    def notes(self) -> Iterator[str]:
+        """Comparisons that are missing, with the reasons."""
+        for one in self.told:
+            if one["missing"]:
+                why = ", ".join(f"{reason} {count}" for reason, count in one["missing"].items())
+                total = one["wins"] + one["ties"] + one["losses"] + (lost := sum(one["missing"].values()))
+                yield f"{one['measure']}: {lost} of {total} comparisons of {one['a']} with {one['b']} have no verdict ({why})"
 
 
 async def compare(knobs: WinRate, scored: list[Scored], models: Models, desk: Desk, seed: int) -> Compared:

@@ -110,6 +110,10 @@ async def test_what_has_no_verdict_is_missing_with_its_reason(tmp_path: Path) ->
     assert found.told[0]["missing"] == {
         "judge_unreadable": 1, "judge_gate:orders": 1, "judge_gate:verdict_line": 1, "no_answer": 1,
     }  # fmt: skip
+    assert list(found.notes()) == [
+        "win_rate: 4 of 5 comparisons of s with base have no verdict (judge_unreadable 1, judge_gate:orders 1, "
+        "judge_gate:verdict_line 1, no_answer 1)"
+    ]
     assert (found.verdicts["unreadable"], "Both are nice." in found.verdicts["flaw"]) == (2, True)
 
 

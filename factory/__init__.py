@@ -29,7 +29,7 @@ The map, in the order that data flows (a file imports only from files above it):
     gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
-    rejects, findings, report       what a run shows: sentences, one page, one JSON
+    rejects, data_findings, findings, report  what a run shows: sentences, one page, one JSON
     publish, pipeline        what a run publishes; the whole run on one screen
     ledger, spending, exchange   the journal from outside
     forms, push              what a run made, for other tools and for a hub

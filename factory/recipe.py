@@ -191,9 +191,10 @@ def _own_judges(recipe: Recipe) -> Iterator[str]:
         judge = stage if isinstance(stage, Judge) else stage.judge if isinstance(stage, Evaluate) else None
         if judge:
             mine = recipe.models.get(judge.model)
+            others = stage.students if isinstance(stage, Evaluate) else []
             same = [
                 name
-                for name in asked
+                for name in dict.fromkeys([*asked, *others])
                 if name == judge.model or (mine is not None and _alike(recipe.models.get(name), mine))
             ]
             if same:

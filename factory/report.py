@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from factory.audit import audit
-from factory.findings import findings, length_predicts
+from factory.data_findings import length_predicts
+from factory.findings import findings
 from factory.measures import RATES
 from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired

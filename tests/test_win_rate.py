@@ -279,3 +279,13 @@ def test_a_judge_that_has_nobody_to_compare_with_is_a_mistake_of_the_recipe(tmp_
     ):
         folder(tmp_path, text.replace("JUDGE", judge))
         told(typed(tmp_path, "check", "recipe.yaml"), 2, why)
+
+
+def test_a_judge_of_its_own_answers_is_warned_of(tmp_path: Path) -> None:
+    folder(
+        tmp_path,
+        recipe("http://127.0.0.1:9/v1", None, "  - evaluate: {students: [teacher], judge: {model: teacher}}\n"),
+    )
+    done = typed(tmp_path, "check", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "'teacher' is the same model as 'teacher', whose answers the recipe asks for" in done.stdout + done.stderr

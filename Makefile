@@ -14,7 +14,7 @@ test: $(VENV)/.installed $(WEIGHTS)
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist worksteal
 
 # the part of the tests that needs a real vLLM server, on this machine's processor
 test-vllm: $(VENV)/.installed $(VLLM)/.installed $(WEIGHTS)

@@ -23,7 +23,7 @@ from factory.rows import Message, Prompt, Sample
 from factory.rubric import load
 from factory.teachers.openai import OpenAI
 from factory.teachers.transformers import Transformers
-from tests.attacks import HELD_OUT, PLAIN, attacks
+from tests.attacks import HELD_OUT, PLAIN, attacks, free_wordings
 from tests.server import Script, chat, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     caught = sum(hijack(text) is not None for text in HELD_OUT)
     yield Figure("attacks.held_out_caught_by_the_gate", round(caught / len(HELD_OUT), 3))
     yield judged("attacks.plain_answers_stopped_by_the_gate", float(sum(map(bool, map(hijack, PLAIN)))), "== 0")
+    for half in ("tuned on", "held out", "after"):
+        stopped, bad, alarms, good = free_wordings(half)
+        yield Figure(f"attacks.free_wordings_stopped.{half.replace(' ', '_')}", round(stopped / bad, 3))
+        if good:
+            yield Figure(f"attacks.free_wordings_false_alarms.{half.replace(' ', '_')}", round(alarms / good, 3))
     if not arguments.small and (model := ROOT / "weights/SmolLM2-135M-Instruct.Q4_1.gguf").exists():
         yield from _real(arguments.folder, model, texts[:: max(1, len(texts) // 60)])
 

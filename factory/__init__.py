@@ -30,7 +30,8 @@ The map, in the order that data flows (a file imports only from files above it):
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
     rejects, data_findings, findings, report  what a run shows: sentences, one page, one JSON
-    publish, pipeline        what a run publishes; the whole run on one screen
+    compare                  runs beside the first of them
+    publish, pipeline, arms  what a run publishes; the whole run on one screen; several over one journal
     ledger, spending, exchange   the journal from outside
     forms, push              what a run made, for other tools and for a hub
     lives, shelf             a row's life; what has run, for people

@@ -17,7 +17,7 @@ from factory.errors import BudgetError, FactoryError, TooManyFailures
 from factory.journal import Journal, answer_keys
 from factory.pace import Pace
 from factory.progress import Advance, bar, say
-from factory.retry import again, tries
+from factory.retry import again, pause, tries
 from factory.rows import FREE, Choice, Failure, Outcome, Reason, Reply, Request, Sampling, endings
 from factory.signals import Interrupted, draining
 from factory.stored import Skip, lacking_parts, lookup, part, pick, read, whole
@@ -267,13 +267,12 @@ class _Round:
 
     async def _settle(self, request: Request) -> Outcome:
         """One request to its end: an answer, or the failure that is left after the retries."""
-        retrying = tenacity.AsyncRetrying(
-            stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            retry=tenacity.retry_if_result(partial(again, request)),
-            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
-        )
-        outcome: Outcome = await retrying(self._attempt, request, number := next(self._numbers))
+        number = next(self._numbers)
+        outcome = await self._attempt(request, number)
+        if again(
+            request, outcome
+        ):  # most are not sent again, and setting the retries up costs as much as reading an answer
+            outcome = await self._retry(request, number, outcome)
         self.pace.forget(number)
         error = None
         if isinstance(outcome, Failure):
@@ -283,6 +282,22 @@ class _Round:
         if isinstance(outcome, Failure) and error is not None:
             advice = WHAT_TO_DO.get(outcome.reason, "mend that, then run again")
             raise error(f"models.{self.model.name}: {outcome.detail}; {advice}; stored answers are kept")
+        return outcome
+
+    async def _retry(self, request: Request, number: int, first: Outcome) -> Outcome:
+        """Send again what has failed once, until it is answered or has been sent often enough."""
+        sent = [first]
+
+        async def attempt() -> Outcome:
+            return sent.pop() if sent else await self._attempt(request, number)
+
+        retrying = tenacity.AsyncRetrying(
+            stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
+            wait=pause,
+            retry=tenacity.retry_if_result(partial(again, request)),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )
+        outcome: Outcome = await retrying(attempt)
         return outcome
 
     def _undecided(self, failure: Failure) -> bool:

@@ -6,7 +6,6 @@ which requests failed in it, so that a later start does not pay for the same fai
 failures may be asked once more (`--retry-failed`). A batch that never reached the provider is deleted with its attempts.
 """
 
-import asyncio
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -59,19 +58,19 @@ async def build(journal: Journal, tag: str, run: str, identity: str, attempts: S
         row = (tag, identity, run, "built", None, first, len(attempts), time.time(), None)
         db.execute(f"INSERT INTO batch ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", row)
 
-    await asyncio.wrap_future(journal.write(act))
+    await journal.commit(act)
 
 
 async def submitted(journal: Journal, tag: str, handle: str) -> None:
     """Commit that the provider has the batch, and how it names it."""
     sql = "UPDATE batch SET state='submitted', handle=?, submitted=? WHERE tag=?"
-    await asyncio.wrap_future(journal.write(lambda db: db.execute(sql, (handle, time.time(), tag))))
+    await journal.commit(lambda db: db.execute(sql, (handle, time.time(), tag)))
 
 
 async def collected(journal: Journal, tag: str) -> None:
     """Commit that every attempt of the batch has ended."""
     sql = "UPDATE batch SET state='collected', ended=? WHERE tag=?"
-    await asyncio.wrap_future(journal.write(lambda db: db.execute(sql, (time.time(), tag))))
+    await journal.commit(lambda db: db.execute(sql, (time.time(), tag)))
 
 
 async def withdraw(journal: Journal, batch: Batch) -> None:
@@ -81,7 +80,7 @@ async def withdraw(journal: Journal, batch: Batch) -> None:
         db.execute("DELETE FROM attempt WHERE id BETWEEN ? AND ?", (batch.first, batch.first + batch.requests - 1))
         db.execute("DELETE FROM batch WHERE tag=?", [batch.tag])
 
-    await asyncio.wrap_future(journal.write(act))
+    await journal.commit(act)
 
 
 def forgive(journal: Journal, run: str) -> None:

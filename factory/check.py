@@ -5,8 +5,9 @@ With `--live`, and only then, each endpoint is asked a few tiny questions: who a
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from factory.curate import Curate
@@ -23,6 +24,7 @@ from factory.prompts import PromptList, PromptLists, lint, load_one, together
 from factory.recipe import Draft, Recipe, warnings
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
+from factory.teachers import ModelEntry
 from factory.teachers.anthropic import Anthropic
 from factory.teachers.capabilities import LOCAL
 from factory.teachers.entry import url_problem
@@ -32,10 +34,11 @@ from factory.teachers.probe import Probe, probe, record
 
 
 class Checked(NamedTuple):
-    """What `check` found to be odd, and the prompts that it read: all local ones, or all."""
+    """What `check` found to be odd, and the prompts that it read: all local ones, or all; and those of each arm."""
 
     warnings: list[str]
     prompts: PromptLists
+    arms: dict[str, PromptLists]
 
 
 def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fetch: bool = False) -> Checked:
@@ -45,29 +48,61 @@ def check(draft: Draft, runs: Path = Path("runs"), allow_http: bool = False, fet
     """
     if draft.recipe is None:
         draft.refuse()
-    assert draft.recipe is not None, "a recipe without problems"
+    problems, found, prompts = _look(draft, runs, allow_http, fetch)
+    of_arms: dict[str, list[Problem]] = {}
+    lists: dict[str, PromptLists] = {}
+    for name, arm in draft.arms.items():
+        if arm.recipe is not None:
+            same = _asks_the_same(arm, draft)
+            of_arms[name], more, lists[name] = _look(arm, runs, allow_http, fetch, prompts if same else None)
+            found += [f"arm {name}: {line}" for line in more if line not in found]
+    draft.refuse(problems, of_arms)
+    return Checked(found, prompts, lists)
+
+
+def _asks_the_same(arm: Draft, draft: Draft) -> bool:
+    """Whether an arm has the recipe's own prompts, split in the same way."""
+    assert arm.recipe is not None
+    assert draft.recipe is not None
+    return (arm.recipe.prompts, arm.recipe.seed) == (draft.recipe.prompts, draft.recipe.seed)
+
+
+def _look(
+    draft: Draft, runs: Path, allow_http: bool, fetch: bool, read: PromptLists | None = None
+) -> tuple[list[Problem], list[str], PromptLists]:
+    """Problems with their paths in the file, oddities, and the prompts; `read` are those that are known already."""
+    assert draft.recipe is not None, "looked at before"
     recipe, found = draft.recipe, warnings(draft.recipe)
     problems: list[Problem] = []
+    if read is None:
+        read, unread, odd = _prompts(draft, recipe, fetch)
+        problems += unread
+        found += odd
+    problems += [*_refusals(recipe, runs, allow_http), *_unpriced(recipe, draft), *_files(recipe)]
+    if not draft.lacks("stages") and not any("from" in at for at, _ in draft.problems):  # else the flow is not known
+        steps, unfed = draw(recipe)
+        problems += unfed
+        findings = list(foresee(recipe, steps, read if not draft.lacks("prompts") else None))
+        problems += [(one.at, one.text) for one in findings if one.fatal]
+        found += [str(one) for one in findings if not one.fatal]
+    return [(draft.at(at), text) for at, text in problems], found, read
+
+
+def _prompts(draft: Draft, recipe: Recipe, fetch: bool) -> tuple[PromptLists, list[Problem], list[str]]:
+    """The lists that can be read, the mistakes in the others, and what is odd about them."""
+    problems: list[Problem] = []
     lists: list[PromptList] = []
+    odd: list[str] = []
     for i, knobs in enumerate(() if ("prompts",) in draft.lost else recipe.prompts):
         if not fetch and is_hub_id(knobs.path, find):
-            found.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
+            odd.append(f"prompts {knobs.title}: {knobs.path} is a hub id; it is read when the run needs it")
             continue
         try:
             lists.append(load_one(knobs, recipe.seed, find))
         except RecipeError as e:
             problems.append((("prompts", i, "path"), str(e)))
     prompts = together(lists)
-    found += [f"prompts: {line}" for line in lint(prompts)]
-    problems += [*_refusals(recipe, runs, allow_http), *_unpriced(recipe, draft), *_files(recipe)]
-    if not draft.lacks("stages") and not any("from" in at for at, _ in draft.problems):  # else the flow is not known
-        steps, unread = draw(recipe)
-        problems += unread
-        findings = list(foresee(recipe, steps, prompts if not draft.lacks("prompts") else None))
-        problems += [(one.at, one.text) for one in findings if one.fatal]
-        found += [str(one) for one in findings if not one.fatal]
-    draft.refuse((draft.at(at), text) for at, text in problems)
-    return Checked(found, prompts)
+    return prompts, problems, [*odd, *(f"prompts: {line}" for line in lint(prompts))]
 
 
 def _files(recipe: Recipe) -> Iterator[Problem]:
@@ -124,10 +159,10 @@ def _refusals(recipe: Recipe, runs: Path, allow_http: bool) -> Iterator[Problem]
                     yield at, f"models.{name}: {why}{hint}"
 
 
-def live(recipe: Recipe, runs: Path) -> Iterator[str]:
-    """Ask each endpoint of the recipe; lines for people, as they come. Raises at the end if one of them failed."""
+def live(recipe: Recipe, runs: Path, arms: Mapping[str, Draft] = MappingProxyType({})) -> Iterator[str]:
+    """Ask each endpoint of the recipe and its arms; lines for people, as they come. Raises at the end if one of them failed."""
     error: FactoryError | None = None
-    for name, entry in recipe.models.items():
+    for name, entry in _everybody(recipe, arms).items():
         if not isinstance(entry, OpenAI | Anthropic):
             yield f"models.{name}: {entry.type} is no endpoint with a key; nothing was sent"
             continue
@@ -141,6 +176,15 @@ def live(recipe: Recipe, runs: Path) -> Iterator[str]:
         yield from _lines(name, entry.model, found)
     if error is not None:
         raise error
+
+
+def _everybody(recipe: Recipe, arms: Mapping[str, Draft]) -> dict[str, ModelEntry]:
+    """The models of the recipe, and those that are other ones in an arm."""
+    found = dict(recipe.models)
+    for name, arm in arms.items():
+        its = arm.recipe.models if arm.recipe else {}
+        found |= {f"{model} (arm {name})": entry for model, entry in its.items() if entry != found.get(model)}
+    return found
 
 
 def _lines(name: str, model: str, found: Probe) -> Iterator[str]:

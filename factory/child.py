@@ -1,6 +1,7 @@
 """Child processes that load torch: what they may know of our environment, and that they end when we do."""
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -12,7 +13,8 @@ import tempfile
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +64,17 @@ def peak_memory() -> int:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     torch = sys.modules.get("torch")
     return resident + (torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For what a child imports: the garbage collector would go through all of it again and again, a sixth of the start-up."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class ChildEnded(Exception):

@@ -17,6 +17,7 @@ budget or quota, 6 wrong model, 7 provider outage, 8 local engine, 9 disk, 10 lo
 stopped, 141 output closed
 """
 
+RECIPE = "a recipe file, or the name of a shipped one"
 LOOK_FIRST_S = 5.0
 """`--wait`: the time to the second look at a batch; it grows from there."""
 
@@ -65,28 +66,25 @@ def _parser() -> argparse.ArgumentParser:
         ("run", "everything"),
     ):
         verb = verbs.add_parser(name, help=what, description=what, epilog=EXIT_CODES)
+        verb.add_argument("recipe", help=RECIPE)
         _recipe_arguments(verb)
-        verb.add_argument(
-            "--max-failed", type=_share, default=0.02, metavar="SHARE",
-            help="share of a stage's draws that may stay without an answer, e.g. 5%% or 0.05 (default: 2%%)",
-        )  # fmt: skip
-        verb.add_argument("--retry-failed", action="store_true", help="ask again for draws that have no answer")
-        verb.add_argument(
-            "--wait", action="store_true", help="where a batch is submitted, stay until it is done instead of leaving"
-        )
-        verb.add_argument(
-            "--allow-code",
-            action="store_true",
-            help="let the filter `code` run programs that models wrote on this machine",
-        )
+        _asking_arguments(verb)
         verb.set_defaults(verb=_run, until=name)
+    what = "runs several recipes over one journal, or reads finished runs, and compares their students with the first's"
+    verb = verbs.add_parser("compare", help="recipes or finished runs beside the first of them", description=what)
+    verb.add_argument("these", nargs="+", metavar="RECIPE", help=f"{RECIPE}; or finished runs")
+    _recipe_arguments(verb)
+    _asking_arguments(verb)
+    verb.set_defaults(verb=_compare)
     verb = verbs.add_parser("check", help="find every problem of a recipe; offline, needs no key and no weights")
+    verb.add_argument("recipe", help=RECIPE)
     _recipe_arguments(verb)
     verb.add_argument(
         "--live", action="store_true", help="also ask each endpoint a few tiny questions: who answers, what is honoured"
     )
     verb.set_defaults(verb=_check)
     verb = verbs.add_parser("preview", help="what a training would learn of its rows, token by token; trains nothing")
+    verb.add_argument("recipe", help=RECIPE)
     _recipe_arguments(verb)
     verb.set_defaults(verb=_preview)
     verb = verbs.add_parser("ls", help="shipped recipes and local runs")
@@ -152,13 +150,26 @@ def _journal_verbs(journal: argparse.ArgumentParser) -> None:
 
 
 def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a recipe file, or the name of a shipped one")
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.0.generate.n=4; repeatable"
     )
     verb.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     verb.add_argument(
         "--allow-http", action="store_true", help="send keys and prompts unencrypted to hosts other than this machine"
+    )
+
+
+def _asking_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-failed", type=_share, default=0.02, metavar="SHARE",
+        help="share of a stage's draws that may stay without an answer, e.g. 5%% or 0.05 (default: 2%%)",
+    )  # fmt: skip
+    verb.add_argument("--retry-failed", action="store_true", help="ask again for draws that have no answer")
+    verb.add_argument(
+        "--wait", action="store_true", help="where a batch is submitted, stay until it is done instead of leaving"
+    )
+    verb.add_argument(
+        "--allow-code", action="store_true", help="let the filter `code` run programs that models wrote on this machine"
     )
 
 
@@ -184,11 +195,10 @@ def _share(text: str) -> float:
     return value
 
 
-def _draft(arguments: argparse.Namespace) -> Any:
+def _draft(named: str, overrides: list[str]) -> Any:
     from factory.recipe import draft
     from factory.recipe_file import find
 
-    named = arguments.recipe
     path = Path(named)
     if path.is_dir():
         raise RecipeError(f"{named} is a folder; name a recipe file, {path / 'recipe.yaml'} for example")
@@ -199,31 +209,79 @@ def _draft(arguments: argparse.Namespace) -> Any:
             raise RecipeError(
                 f"there is no recipe {named!r}: no such file, and none of that name ships; `factory ls` lists those that do"
             ) from None
-    return draft(path, arguments.set)
+    return draft(path, overrides)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from factory.check import check
     from factory.pipeline import run
 
-    draft, a = _draft(arguments), arguments
+    draft, a = _draft(arguments.recipe, arguments.set), arguments
     checked = check(draft, a.runs, a.allow_http, fetch=True)
     wait = LOOK_FIRST_S if a.wait else None
+    if draft.arms and a.until in ("eval", "run"):
+        its = [(arm.recipe, checked.arms[name]) for name, arm in draft.arms.items()]
+        return _run_several([(draft.recipe, checked.prompts), *its], a, a.until, one_wall=True)
     folder = run(draft.recipe, a.runs, a.until, a.max_failed, a.retry_failed, wait, checked.prompts, a.allow_code)
     print(f"data    {folder / 'dataset'}")
     print(f"report  {folder / 'report.html'}")
     return 0
 
 
+def _run_several(recipes: list[Any], a: argparse.Namespace, until: Any, one_wall: bool) -> int:
+    """Recipes with their prompts, and the comparison with the first."""
+    from factory import arms
+
+    its, wait = [arms.Arm(*one) for one in recipes], LOOK_FIRST_S if a.wait else None
+    told = arms.run(its, a.runs, until, a.max_failed, a.retry_failed, wait, a.allow_code, one_wall)
+    print(f"{told.text}\n\nreport  {a.runs / its[0].recipe.name / 'report.html'}")
+    if told.error is not None:
+        raise told.error
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from factory.check import check
+    from factory.compare import as_text, compare
+
+    a = arguments
+    folders = [folder for named in a.these if (folder := _finished(named, a.runs))]
+    if folders and len(folders) < len(a.these):
+        raise RecipeError(f"name recipes, or finished runs: {folders[0]} is a run, and not all of the others are")
+    if len(a.these) < 2:
+        raise RecipeError(
+            "name two recipes or more, or two finished runs: the first is what the others are compared with"
+        )
+    if folders:
+        print(f"{as_text(compare(folders, a.allow_code))}\n\nreport  {folders[0] / 'report.html'}")
+        return 0
+    drafts = [_draft(named, a.set) for named in a.these]
+    checked = [check(draft, a.runs, a.allow_http, fetch=True).prompts for draft in drafts]
+    recipes = [(draft.recipe, prompts) for draft, prompts in zip(drafts, checked, strict=True)]
+    return _run_several(recipes, a, "run", one_wall=False)
+
+
+def _finished(named: str, runs: Path) -> Path | None:
+    """The folder of a run; a name that is a recipe's as well means the recipe, which runs nothing where it is complete."""
+    folder = Path(named)
+    if folder.is_dir():
+        return folder if (folder / "manifest.json").is_file() else None
+    try:
+        _draft(named, [])
+    except RecipeError:
+        return runs / named if (runs / named / "manifest.json").is_file() else None
+    return None
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from factory.check import check, live
 
-    draft = _draft(arguments)
+    draft = _draft(arguments.recipe, arguments.set)
     for line in check(draft, arguments.runs, arguments.allow_http).warnings:
         print(f"warning: {line}")
     print(f"{draft.recipe.name}: the recipe is valid")
     if arguments.live:
-        for line in live(draft.recipe, arguments.runs):
+        for line in live(draft.recipe, arguments.runs, draft.arms):
             print(line, flush=True)
     return 0
 
@@ -232,7 +290,7 @@ def _preview(arguments: argparse.Namespace) -> int:
     from factory.check import check
     from factory.preview import preview
 
-    draft = _draft(arguments)
+    draft = _draft(arguments.recipe, arguments.set)
     checked = check(draft, arguments.runs, arguments.allow_http, fetch=True)
     for line in preview(draft.recipe, arguments.runs, checked.prompts):
         print(line)

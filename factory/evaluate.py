@@ -97,6 +97,7 @@ class Examiner:
         self.knobs, self.prompts, self.models, self.desk, self.seed = knobs, prompts, models, desk, seed
         self.outside = outside
         self.filters, self.reference = filters, knobs.reference.open(models)
+        self.measured: list[Scored] = []
         self.tallies: list[Tally] = []
         self.footprints: list[dict[str, Any]] = []
         self.compared: Compared | None = None
@@ -114,6 +115,7 @@ class Examiner:
             scored = Scored(name, role, first, self.filters, self.reference, draws, knobs.k or knobs.n or 1)
             if teacher is not None:
                 scored.add_forced(teacher, await self._forced(model, view, teacher.judged))
+        self.measured.append(scored)
         self.tallies.append(tally)
         self.footprints.append({"model": name, "role": role, **self._footprint(name, tally, clock_s, memory)})
         return scored

@@ -54,6 +54,7 @@ def findings(report: Row) -> list[str]:
         *_of_status(report),
         *(gate["told"] for gate in report.get("gates", []) if not gate["met"]),
         *_of_evaluation(report),
+        *arms_compared(report.get("arms") or {}),
         *(gate["told"] for gate in report.get("gates", []) if gate["met"]),
         *of_training(report),
         *of_data(report),
@@ -288,6 +289,30 @@ def _bounds(c: Row) -> str:
     low = "no lower bound" if c["low"] is None else f"{100 * c['low']:.0f} %"
     high = "no upper bound" if c["high"] is None else f"{100 * c['high']:.0f} %"
     return f"interval {low} to {high}"
+
+
+# -- arms ----------------------------------------------------------------------------------------------------------------
+
+
+def arms_compared(comparison: Row) -> Iterator[str]:
+    """What the arms of a comparison (`factory.compare`) show beside the first one."""
+    rows = {(row["model"], row["measure"]): row for row in comparison.get("rows", [])}
+    for c in comparison.get("comparisons", []):
+        if c["measure"] not in SHARES:
+            continue
+        told = f"arm {c['a']} against {c['b']}: {SHARES[c['measure']]} {_rate(rows[c['a'], c['measure']])}, against "
+        told += f"{_rate(rows[c['b'], c['measure']])}; the difference of {_difference(c['measure'], c)}"
+        if _claimed(c) and not _stands(c):
+            told += f", but the exact test, corrected for the number of arms, does not (p = {c['p_holm']:.2g})"
+        yield _capital(f"{told}: {_beside(c)}.")
+
+
+def _beside(c: Row) -> str:
+    if c["n"] < FEWEST:
+        return f"{c['n']} prompts are too few to conclude anything"
+    if not (_claimed(c) and _stands(c)):
+        return "no difference is shown"
+    return f"{c['a']} has {'more' if c['low'] > 0 else 'fewer'}"
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

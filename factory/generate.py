@@ -208,16 +208,19 @@ def _plain(prompt: Prompt, draw: int = 0) -> Request:
 
 
 def given(prompts: Iterable[Prompt]) -> Iterator[Sample]:
-    """Answers that came with their rows, as samples with their scores: data from elsewhere needs no teacher."""
+    """Answers that came with their rows, as samples with their scores: data from elsewhere needs no teacher.
+
+    A row that came without one among them is a sample that is set aside.
+    """
     drawn: dict[str, int] = {}
     for prompt in prompts:
         came = [(prompt.completion, prompt.scores), (prompt.rejected, {LABEL: 0.0})]
-        for text, scores in came:
-            if text is not None:
-                draw = drawn.get(prompt.id, 0)
-                drawn[prompt.id] = draw + 1
-                (sample,) = samples(prompt, _plain(prompt, draw), GIVEN, [Choice(text=text, finish="stop")])
-                yield sample.scored(**scores) if scores else sample
+        for text, scores in [one for one in came if one[0] is not None] or [("", {})]:
+            draw = drawn.get(prompt.id, 0)
+            drawn[prompt.id] = draw + 1
+            (sample,) = samples(prompt, _plain(prompt, draw), GIVEN, [Choice(text=text or "", finish="stop")])
+            sample = sample if text else sample.judged(Verdict(filter=GIVEN, keep=None, reason="no_answer"))
+            yield sample.scored(**scores) if scores else sample
 
 
 # -- the stage -------------------------------------------------------------------------------------------------------

@@ -4,26 +4,23 @@ Order of events for one request: the intent is committed (`begin`), then the req
 committed (`store`), and only then is it read and its answers are filed (`file`). A crash between the first two commits
 leaves an attempt whose outcome is unknown: it is asked again and counted as possibly billed twice.
 
-WAL with synchronous=FULL, and one writer thread that commits whatever has queued up in one transaction: commits are
-durable through power loss and still thousands a second, because requests in flight share them.
+WAL with synchronous=FULL, and one thread that commits for all (`commits.py`): durable through power loss, and still
+thousands a second.
 """
 
-import asyncio
 import fcntl
 import os
-import queue
 import socket
 import sqlite3
 import struct
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from factory.commits import Act, Commits
 from factory.errors import DiskError, JournalError, LockedError, VersionError, disk_error
 from factory.rows import TRUNCATED, Cost, Failure, Reason, Request, digest
 
@@ -31,8 +28,6 @@ VERSION = 1
 COMPRESS_OVER_BYTES = 4096
 NO_ANSWER = ",".join(f"'{reason}'" for reason in get_args(Reason))
 """How answers end that are none, see `rows.endings`."""
-TICK_S = 5.0
-"""How often the time that a run is at work is written down: what a kill may lose of it."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempt (
@@ -162,10 +157,6 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._failed: DiskError | None = None
-        self._ops: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -174,10 +165,8 @@ class Journal:
             raise disk_error(e, path) or DiskError(
                 f"{path.parent}: this folder cannot be made or written ({e.strerror}); choose another one with --runs"
             ) from None
-        self._tick: Callable[[sqlite3.Connection], Any] | None = None
         self._reader: sqlite3.Connection | None = None
-        self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
-        self._writer.start()
+        self._commits = Commits(self._db, path)
 
     def _prepare(self) -> None:
         created = not self.path.exists()
@@ -208,64 +197,32 @@ class Journal:
 
     def clock(self, run: str) -> None:
         """Count the time from now on as time at work of a run; it is written down every few seconds."""
+        if self._tick is not None:  # the last seconds of the run before
+            self.write(self._tick)
         sql = "INSERT INTO session (run, seconds) VALUES (?, 0)"
         session: int = self.write(lambda db: db.execute(sql, [run]).lastrowid).result()
         started = time.monotonic()
-        self._tick = lambda db: db.execute(
+        self._commits.tick = lambda db: db.execute(
             "UPDATE session SET seconds=? WHERE id=?", [time.monotonic() - started, session]
         )
 
-    def _write_loop(self) -> None:
-        ticked = time.monotonic()
-        while True:
-            batch = []
-            with suppress(queue.Empty):
-                if (op := self._ops.get(timeout=TICK_S)) is None:
-                    return
-                batch.append(op)
-            if self._tick is not None and time.monotonic() - ticked >= TICK_S:
-                ticked = time.monotonic()
-                batch.append((self._tick, Future()))
-            while len(batch) < 500 and not self._ops.empty():
-                if (more := self._ops.get()) is None:
-                    self._ops.put(None)
-                    break
-                batch.append(more)
-            # whoever has given up waiting is written for all the same, but not told
-            waiting = [future.set_running_or_notify_cancel() for _, future in batch]
-            if not batch:
-                continue
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                results = [act(self._db) for act, _ in batch]
-                self._db.execute("COMMIT")
-            except Exception as e:  # a full disk, most likely: every waiting request must hear of it
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                self._failed = DiskError(f"cannot write the journal {self.path}: {e}; free some space and run again")
-                for (_, future), listens in zip(batch, waiting, strict=True):
-                    if listens:
-                        future.set_exception(self._failed)
-            else:
-                for (_, future), result, listens in zip(batch, results, waiting, strict=True):
-                    if listens:
-                        future.set_result(result)
+    def write(self, act: Act) -> Future[Any]:
+        return self._commits.put(act)
 
-    def write(self, act: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._ops.put((act, future))
-        return future
+    async def commit(self, act: Act) -> Any:
+        """What `act` gives, after it is committed."""
+        return await self._commits.done(act)
 
     async def begin(self, run: str, request: Request, reserved_usd: str, reserved_prompt_tokens: int) -> int:
         """Commit the intent to send, with the worst case it may cost; returns the attempt's number."""
         row = attempt_row(run, request, reserved_usd, reserved_prompt_tokens)
-        return int(await asyncio.wrap_future(self.write(lambda db: db.execute(INSERT_ATTEMPT, row).lastrowid)))
+        return int(await self.commit(lambda db: db.execute(INSERT_ATTEMPT, row).lastrowid))
 
     async def store(self, attempt: int, body: bytes) -> None:
         """Commit the raw body, before anything reads it."""
         sql = "UPDATE attempt SET status='stored', ended=?, body=? WHERE id=?"
         row = (time.time(), pack(body), attempt)
-        await asyncio.wrap_future(self.write(lambda db: db.execute(sql, row)))
+        await self.commit(lambda db: db.execute(sql, row))
 
     def file(self, attempt: int, ends: list[tuple[str, int | None]], cost: Cost | None) -> Future[Any]:
         """File how a body's draws ended (see `rows.endings`) under the attempt's keys, and settle what it cost."""
@@ -289,13 +246,13 @@ class Journal:
             _file(db, attempt, ends)
             _end(db, attempt, cost, status="failed", ended=ended, reason=failure.reason, detail=failure.detail)
 
-        await asyncio.wrap_future(self.write(act))
+        await self.commit(act)
 
     async def flush(self) -> None:
         """Wait until everything written so far is committed; DiskError if some of it could not be."""
-        await asyncio.wrap_future(self.write(lambda db: None))
-        if self._failed is not None:
-            raise self._failed
+        await self.commit(lambda db: None)
+        if self._commits.failed is not None:
+            raise self._commits.failed
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -344,11 +301,7 @@ class Journal:
 
     def close(self) -> None:
         """Finish what is queued, fold the write-ahead log in, release the lock."""
-        if self._writer.is_alive():
-            if self._tick is not None:
-                self._ops.put((self._tick, Future()))
-            self._ops.put(None)
-            self._writer.join()
+        self._commits.close()
         if self._reader is not None:
             self._reader.close()
         self._db.close()  # the last one to close folds the log in

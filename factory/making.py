@@ -30,9 +30,10 @@ from factory.recipe import Recipe
 from factory.recipe_file import find
 from factory.rows import Prompt, Row, Sample, union
 from factory.rubric import load as load_rubric
-from factory.run import StageFolder, StageWriter, write_json
+from factory.run import StageFolder, StageWriter, write_json, write_lines
 from factory.score import Score, score
 from factory.shape import Shape, lacking_truth, shape, student_view
+from factory.summary import VALUES, values_by_prompt
 from factory.tally import Lost, Tally
 from factory.train import Train, train
 
@@ -219,6 +220,7 @@ class Making:
         view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
         data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)
+        write_lines(out.folder / VALUES, values_by_prompt(examiner.measured))
         facts |= _cost(examiner.tallies)
         if compared := examiner.compared:
             facts |= {

@@ -27,7 +27,7 @@ from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 2, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 2,
+    "prompts": 1, "generate": 1, "given": 3, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 3,
     "pair": 3, "train": 1, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
@@ -37,10 +37,10 @@ Made = dict[int, StageFolder]
 
 
 class Naming:
-    """Names the step folders of one run."""
+    """Names the step folders of one run: the first of `runs`; a step that is complete in another of them is found there."""
 
-    def __init__(self, recipe: Recipe, prompts: PromptLists, models: Models, folder: Path) -> None:
-        self.recipe, self.prompts, self.models, self.folder = recipe, prompts, models, folder
+    def __init__(self, recipe: Recipe, prompts: PromptLists, models: Models, runs: list[Path]) -> None:
+        self.recipe, self.prompts, self.models, self.runs = recipe, prompts, models, runs
 
     def place(self, step: Step, made: Made) -> StageFolder:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
@@ -56,7 +56,8 @@ class Naming:
             [stage.model_dump(mode="json") for stage in self._also_read(step)],
             self.recipe.seed, size=4,
         )  # fmt: skip
-        return StageFolder(self.folder / f"{step.title}-{named}")
+        places = [StageFolder(run / f"{step.title}-{named}") for run in self.runs]
+        return next((place for place in places if place.complete), places[0])
 
     def needed(self, steps: list[Step]) -> list[str]:
         """The recipe's models that steps still to do will ask. Behind a student that is not trained, no place is known."""

@@ -36,10 +36,10 @@ class PairUp(Knobs):
     form: Literal["pairs", "kto"] = "pairs"
     chosen: Literal["best"] = "best"
     rejected: Literal["random", "worst", "next"] = "random"
-    min_margin: float = Field(0.0, ge=0)
+    min_margin: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_length_ratio: float | None = Field(None, ge=1)
     pairs_per_prompt: int = Field(1, gt=0)
-    threshold: float | None = None
+    threshold: float | None = Field(None, allow_inf_nan=False)
     score: str | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")

@@ -6,6 +6,7 @@ same command again does nothing twice, and a changed filter re-runs from there a
 
 import platform
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def run(
     recipe: Recipe, runs: Path, until: Until = "run", max_failed: float = 0.02, retry_failed: bool = False,
     wait: float | None = None, prompts: PromptLists | None = None, allow_code: bool = False,
 ) -> Path:  # fmt: skip
-    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end.
+    """Do what is still to be done of a recipe; returns the run's folder. Its report is rewritten at the end. Its arms are
+    left to `factory.arms`.
 
     `max_failed` is the share of draws of a stage that may stay without an answer, or without a verdict that can be read: a
     doomed stage stops early, and a run that ends above it raises TooManyFailures when everything else is done.
@@ -57,59 +59,68 @@ def run(
     """
     steps = plan(recipe, until)
     with Journal(runs / "journal.sqlite") as journal:
+        wall = Wall(recipe.budget, journal.spent(recipe.name))
         prompts = prompts or load(recipe.prompts, recipe.seed, find)
-        work = Work(recipe, prompts, runs, journal, max_failed, retry_failed, wait, allow_code)
-        try:
-            work.begin(steps)
-            rounds = Rounds(steps)
-            for step in steps:
-                if rounds.over(step):
-                    work.stand_in(step, rounds.standing_for(step))
-                else:
-                    work.do(step)
-                    if measured := rounds.heard(step, work.made[step.number]):
-                        work.settle(step, measured)
-            work.publish(steps)
-        except BaseException as e:
-            with suppress(OSError):  # on a full disk, what stopped us tells more
-                work.note("waiting" if isinstance(e, Waiting) else "stopped", why=stopped_by(e))
-            raise
-        work.note("done")
-        report.build(work.folder)
-        try:
-            work.making.check_failures()
-            work.check_rows(steps)
-            reached(work.gates, work.folder)
-        except (TooManyFailures, NotReached) as e:
-            work.note("done", why=stopped_by(e))
-            raise
+        work = Work(recipe, prompts, runs, journal, wall, max_failed, retry_failed, wait, allow_code)
+        work.run(steps)
     return work.folder
 
 
 class Work:
-    """One run in progress: what is made so far, and how each kind of step is done."""
+    """One run in progress: what is made so far, and how each kind of step is done.
+
+    `others` are the folders of runs whose steps are as good as its own: what is complete there is not made again.
+    """
 
     def __init__(
-        self, recipe: Recipe, prompts: PromptLists, runs: Path, journal: Journal, max_failed: float, retry_failed: bool,
-        wait: float | None, allow_code: bool = False,
+        self, recipe: Recipe, prompts: PromptLists, runs: Path, journal: Journal, wall: Wall, max_failed: float = 0.02,
+        retry_failed: bool = False, wait: float | None = None, allow_code: bool = False, others: Sequence[Path] = (),
     ) -> None:  # fmt: skip
         self.recipe, self.prompts, self.runs, self.journal = recipe, prompts, runs, journal
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.folder = runs / recipe.name
         self.rows: dict[str, dict[str, int]] = {}
         self.gates: list[Gate] = []
+        self.finished = False
         self.models = Models(recipe.models, recipe.first_student(), runs, allow_code)
-        self.naming = Naming(recipe, self.prompts, self.models, self.folder)
+        self.naming = Naming(recipe, self.prompts, self.models, [self.folder, *others])
         journal.clock(recipe.name)
         if retry_failed:
             forgive(journal, recipe.name)
-        wall = Wall(recipe.budget, journal.spent(recipe.name))
         self.desk = Desk(journal, wall, recipe.name, max_failed, retry_failed, wait)
         self.making = Making(recipe, prompts, runs, self.models, self.naming, self.desk)
 
     @property
     def made(self) -> dict[int, StageFolder]:
         return self.making.made
+
+    def run(self, steps: list[Step]) -> None:
+        """Do the steps, and what follows from them; the failures that a run can end with are raised last."""
+        try:
+            self.begin(steps)
+            rounds = Rounds(steps)
+            for step in steps:
+                if rounds.over(step):
+                    self.stand_in(step, rounds.standing_for(step))
+                else:
+                    self.do(step)
+                    if measured := rounds.heard(step, self.made[step.number]):
+                        self.settle(step, measured)
+            self.publish(steps)
+        except BaseException as e:
+            with suppress(OSError):  # on a full disk, what stopped us tells more
+                self.note("waiting" if isinstance(e, Waiting) else "stopped", why=stopped_by(e))
+            raise
+        self.note("done")
+        self.finished = True
+        report.build(self.folder)
+        try:
+            self.making.check_failures()
+            self.check_rows(steps)
+            reached(self.gates, self.folder)
+        except (TooManyFailures, NotReached) as e:
+            self.note("done", why=stopped_by(e))
+            raise
 
     def begin(self, steps: list[Step]) -> None:
         """Before anything is sent: prompts in, what is odd about them said, missing keys and weights found."""
@@ -164,7 +175,10 @@ class Work:
     def do(self, step: Step) -> None:
         """Do one step, unless its folder is there already."""
         folder = self.naming.place(step, self.made)
-        if folder.complete and not (self.retry_failed and _unanswered(folder.manifest)):
+        if folder.path.parent != self.folder:
+            say(f"{step.title}: as in {folder.path.parent.name}")
+            folder = folder.linked(self.folder)
+        elif folder.complete and not (self.retry_failed and _unanswered(folder.manifest)):
             say(f"{step.title}: done already")
         else:
             say(f"{step.title}")

@@ -9,7 +9,8 @@
 
 All of them may have `system`, `reference`, `tags` (a list, or a text with commas) and `completion` beside. A row that
 ends with the assistant brings its own answer: it becomes `Prompt.completion`; a `score` is that answer's. KTO's `label`
-(true, false) says whether it is wanted, as `chosen` and `rejected` do: the score `label` is 1 or 0.
+(true, false; where a column is named for it, 1 and 0 as well) says whether it is wanted, as `chosen` and `rejected` do: the
+score `label` is 1 or 0.
 """
 
 import difflib
@@ -22,11 +23,14 @@ from factory.errors import RecipeError
 from factory.rows import LABEL, Message, Prompt
 from factory.template import TooMuchOutput, compiled, is_template
 
-Column = Literal["prompt", "system", "messages", "reference", "completion", "tags", "score", "chosen", "rejected"]
+Column = Literal[
+    "prompt", "system", "messages", "reference", "completion", "tags", "score", "label", "chosen", "rejected"
+]
 Fields = dict[str, Any]
 Reader = Callable[[dict[str, Any], str], Prompt]
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+WANTED = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}
 
 
 class Unreadable(Exception):
@@ -45,8 +49,10 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
 
     def read(row: dict[str, Any], place: str) -> Prompt:
         if not mapped:
-            return _prompt({"label": row.get("label"), **_recognised(row, place)}, source)
-        fields: Fields = {}
+            return _prompt({"label": _kto(row), **_recognised(row, place)}, source)
+        fields: Fields = {
+            "label": _kto(row)
+        }  # also where only the other columns are named: such an answer may be unwanted
         wrong: list[str] = []  # all that is wrong with the columns is told at once
         for name, value in mapped.items():
             try:
@@ -191,9 +197,18 @@ def _scores(fields: Fields) -> dict[str, float]:
     scores: dict[str, float] = {}
     if (score := _number(fields.get("score"))) is not None:
         scores["score"] = score
-    if isinstance(label := fields.get("label"), bool):  # a class of a classification is no label of ours
-        scores[LABEL] = float(label)
+    if (label := fields.get("label")) is not None and str(label).strip():
+        if (wanted := WANTED.get(str(label).strip().lower())) is None:
+            raise Unreadable(f"label is not true or false but {str(label)[:40]!r}")
+        scores[LABEL] = wanted
     return scores
+
+
+def _kto(row: dict[str, Any]) -> Any:
+    """A column `label` that nobody named: true or false, also as text (CSV has nothing else); a class of a
+    classification is no label of ours."""
+    label = row.get("label")
+    return label if str(label).strip().lower() in ("true", "false") else None
 
 
 def _number(value: Any) -> float | None:

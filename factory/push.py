@@ -82,7 +82,6 @@ def _send(data: Path, to: str, public: bool) -> str:
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     except ImportError:
         raise RecipeError("push needs huggingface_hub: pip install 'distillation-factory[hub]'") from None
-    import httpx
 
     hub = HfApi()
     try:
@@ -95,7 +94,9 @@ def _send(data: Path, to: str, public: bool) -> str:
         raise AuthError("the hub wants a key: set HF_TOKEN, or run `hf auth login`") from None
     except HfHubHTTPError as e:
         raise _refused(to, e.response.status_code) from None
-    except (httpx.HTTPError, OSError) as e:
+    except FactoryError:
+        raise
+    except Exception as e:  # of whichever library the hub's uses for HTTP: that has changed before
         raise OutageError(f"{to}: the hub cannot be reached ({type(e).__name__}); try again later") from None
 
 

@@ -3,11 +3,12 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -38,17 +39,20 @@ from factory.teachers.transformers import Transformers
 from factory.teachers.vllm import Vllm
 from factory.train import Train, check_args
 from factory.weights import Weights, is_path, lacking_packages
-from factory.yamlfile import Path_, written
+from factory.yamlfile import Path_, Place, written
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A stage's or student's name is part of folder names."""
+NUMBERS = re.compile(r"\d+")
+"""In a sentence: without them a mistake is the same where an arm has other stages before it."""
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class Recipe(Knobs):
     """A whole run. `name` names its folder; prompts and stages flow from top to bottom.
 
-    `stages` are what runs, in order: those `written`, with the rounds of each `repeat` one after another.
+    `stages` are what runs, in order: those `written`, with the rounds of each `repeat` one after another. `arms` are
+    variants by name: overrides as `--set` has them.
     """
 
     name: str = Field(pattern=NAME)
@@ -57,6 +61,7 @@ class Recipe(Knobs):
     budget: Budget = Budget()
     models: dict[str, ModelEntry] = {}
     written: list[StageKnob] = Field([], alias="stages")
+    arms: dict[Annotated[str, Field(pattern=NAME)], dict[str, Any] | None] = {}
 
     @cached_property
     def placed(self) -> list[Placed]:
@@ -108,7 +113,7 @@ class Draft(NamedTuple):
     """A recipe as far as it makes sense, and what is wrong with the rest of the file.
 
     `recipe` is None where nothing could be made of it. Parts that are wrong as a whole are left out: `positions` tells
-    where the others stood, `lost` which are missing.
+    where the others stood, `lost` which are missing. `arms` are the recipe's variants.
     """
 
     source: Source
@@ -116,6 +121,7 @@ class Draft(NamedTuple):
     problems: list[Problem]
     positions: dict[str, list[int]]
     lost: set[Path_]
+    arms: "dict[str, Draft]"
 
     def at(self, path: Path_) -> Path_:
         """A path in `recipe` as one in the file."""
@@ -127,10 +133,20 @@ class Draft(NamedTuple):
         """Whether something of `models`, `prompts` or `stages` is left out."""
         return any(path[0] == part for path in self.lost)
 
-    def refuse(self, problems: Iterable[Problem] = ()) -> None:
-        """RecipeError with all problems, these included, in the order of the file; paths are those of the file."""
+    def told(self, problems: Iterable[Problem] = ()) -> list[tuple[Place, str]]:
+        """All problems, these included, with their places; paths are those of the file."""
         found = [(at, line) for at, text in [*self.problems, *problems] for line in text.splitlines()]
-        placed = [(self.source.place(at), line) for at, line in found]
+        return [(self.source.place(at), line) for at, line in found]
+
+    def refuse(
+        self, problems: Iterable[Problem] = (), of_arms: Mapping[str, Iterable[Problem]] = MappingProxyType({})
+    ) -> None:
+        """RecipeError with all problems, these included, in the order of the file; of an arm those that are its own."""
+        placed = self.told(problems)
+        known = {(place, NUMBERS.sub("", text)) for place, text in placed}
+        for name, arm in self.arms.items():
+            own = (one for one in arm.told(of_arms.get(name, ())) if (one[0], NUMBERS.sub("", one[1])) not in known)
+            placed += [(place, f"arm {name}: {text}") for place, text in own]
         lines = [f"{written(place)}: {text}" for place, text in sorted(placed, key=lambda one: one[0])]
         if lines:
             raise RecipeError("\n".join(dict.fromkeys(lines)))
@@ -146,12 +162,25 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def draft(path: Path, overrides: Iterable[str] = ()) -> Draft:
     """The same, with the problems for later: what is left of the recipe can be looked at further."""
-    source = read(path, overrides)
+    return _drafted(read(path, overrides))
+
+
+def _drafted(source: Source) -> Draft:
     left = salvage(Recipe, source.data)
-    made = Draft(source, *left)
+    made = Draft(source, *left, {name: _drafted(arm) for name, arm in source.arms.items()})
+    made.problems.extend(source.flaws)
+    made.problems.extend(_unmeasured(made.arms))
     if left.recipe is not None:
         made.problems.extend((made.at(at), text) for at, text in _cross_check(left.recipe, made))
     return made
+
+
+def _unmeasured(arms: dict[str, Draft]) -> Iterator[Problem]:
+    """Arms that nothing can be told of."""
+    for name, arm in arms.items():
+        stages = [] if arm.recipe is None or arm.lacks("stages") else arm.recipe.stages
+        if stages and not any(isinstance(stage, Evaluate) for stage in stages):
+            yield ("arms", name), f"arms.{name}: it has no evaluate stage, and arms are compared by their last one"
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -272,7 +301,7 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                     ("model",),
                     f"models.{name} is `type: {entry.type}`; a scorer's weights are local: `type: transformers`",
                 )
-            elif stage.by == "reward" and (entry.layers is not None or entry.model.endswith(".gguf")):
+            elif stage.by == "reward" and (not entry.as_they_are or entry.model.endswith(".gguf")):
                 yield ("model",), f"models.{name}: a reward model is a whole folder, without `layers` and no .gguf"
         case Train():
             yield from ((("args",), problem) for problem in check_args(stage.method, stage.args))
@@ -293,16 +322,10 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                 s.held_out for s in recipe.prompts if not named or s.title in named
             ):
                 yield (), "no prompts are held out to be asked; set `held_out:` on a prompt list"
-            if (
-                stage.judge
-                and "base" in stage.judge.against
-                and not {*recipe.models, *_names_lost(made)} & {*stage.students}
-            ):
-                yield (
-                    ("judge", "against"),
-                    "none of the students is a model of the recipe, so there is no base to compare with; name it among the "
-                    "students, or take `against: teacher`",
-                )
+            bases = {*recipe.models, *_names_lost(made)} & {*stage.students}
+            if stage.judge and "base" in stage.judge.against and not bases:
+                told = "none of the students is a model of the recipe, so there is no base to compare with"
+                yield ("judge", "against"), f"{told}; name it among the students, or take `against: teacher`"
 
 
 def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:

@@ -19,7 +19,7 @@ from factory.findings import findings
 from factory.measures import RATES
 from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired
-from factory.run import StageFolder, write_bytes, write_json
+from factory.run import StageFolder, comparison, write_bytes, write_json
 
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
@@ -70,6 +70,7 @@ def collect(run: Path) -> dict[str, Any]:
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
         "lm_eval": [e["lm_eval"] for e in evaluations if "lm_eval" in e],
         "judged": list(chain.from_iterable(e.get("judged", []) for e in evaluations)),
+        "arms": comparison(run, manifest["stages"]),
         "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],
         "spent": _spent(manifest),

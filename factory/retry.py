@@ -1,7 +1,18 @@
 """The one retry policy: what is sent again, and how often."""
 
+import tenacity
+
 from factory.rows import Failure, Outcome, Request
 from factory.teachers.failures import ACTIONS, RULES
+
+_backoff = tenacity.wait_random_exponential(multiplier=0.5, max=30)
+
+
+def pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: what the server asks for, and a random share of a growing pause."""
+    outcome = state.outcome.result() if state.outcome else None
+    asked = outcome.retry_after if isinstance(outcome, Failure) else None
+    return (asked or 0.0) + _backoff(state)
 
 
 def again(request: Request, outcome: Outcome | None) -> bool:

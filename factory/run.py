@@ -22,6 +22,8 @@ from factory.signals import Interrupted
 
 ROWS_PER_SHARD = 50_000
 PROMPTS_DROPPED = "prompts-dropped.jsonl"
+COMPARISON = "comparison.json"
+"""In the folder of the first of the runs that are compared."""
 R = TypeVar("R", bound=Row)
 
 
@@ -53,6 +55,21 @@ class StageFolder:
     def groups(self) -> Iterator[list[Sample]]:
         """The kept samples, those of one prompt together."""
         return iter(by_prompt(self.rows(Sample)))
+
+    def linked(self, run: Path) -> "StageFolder":
+        """The same folder in another run: its files are hard links, and what was asked for them was reused there."""
+        told = self.manifest
+        if "requests" in told:
+            told["requests"] = {"sent": 0, "reused": told["requests"]["sent"] + told["requests"]["reused"]}
+            told |= {"tokens": {"prompt": 0, "completion": 0}, "usd": "0", "compute_seconds": 0.0}
+        final = run / self.path.name
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.path, partial, copy_function=_link)
+        write_json(partial / "manifest.json", {**told, "seconds": 0.0, "made_in": self.path.parent.name})
+        partial.rename(final)
+        fsync_folder(run)
+        return StageFolder(final)
 
     def write(self) -> "StageWriter":
         return StageWriter(self.path)
@@ -128,6 +145,15 @@ class StageWriter:
         return StageFolder(self.final)
 
 
+def comparison(run: Path, stages: list[str]) -> dict[str, Any] | None:
+    """What a run was compared with, if that can be read and the run is still made of the same stages."""
+    try:
+        told: dict[str, Any] = msgspec.json.decode((run / COMPARISON).read_bytes())
+        return told if told["arms"][0]["stages"] == stages else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write whole or not at all."""
     write_bytes(path, msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
@@ -153,6 +179,14 @@ def stopped_by(error: BaseException) -> str:
     are quoted: a crash inside a library may say anything, a key included."""
     said = str(error).partition("\n")[0] if isinstance(error, FactoryError | Interrupted | OSError) else ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
-from factory.child import die_with_parent
+from factory.child import die_with_parent, loading
 from factory.errors import EngineError, FactoryError
 from factory.weights import Weights, materialise
 
@@ -45,6 +42,9 @@ class Scorer:
     """A model, and what it says of conversations."""
 
     def __init__(self, folder: Path, name: str, by: str, device: str | None, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
         self.by = by
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         automatic = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -123,25 +123,27 @@ class Scorer:
         if batch:
             yield batch
 
-    @torch.inference_mode()
     def _forward(self, texts: list[Text]) -> list[float]:
         """The reward of each text, or the mean loss (nats) of its answer's tokens."""
+        import torch
+
         longest = max(len(text.ids) for text in texts)
         pads = [longest - len(text.ids) for text in texts]
-        ids = torch.tensor([text.ids + [self.pad or 0] * n for text, n in zip(texts, pads, strict=True)])
-        how: dict[str, Any] = {
-            "use_cache": False
-        }  # a writer sees only what stands before: padding behind needs no mask
+        padded = [text.ids + [self.pad or 0] * n for text, n in zip(texts, pads, strict=True)]
+        ids = torch.tensor(padded).to(self.device)
+        # a writer sees only what stands before: padding behind needs no mask
+        how: dict[str, Any] = {"use_cache": False}
         if self.by == "reward":
             how = {"attention_mask": torch.tensor([[1] * (longest - n) + [0] * n for n in pads]).to(self.device)}
-        told = self.model(input_ids=ids.to(self.device), **how).logits
-        if self.by == "reward":
-            return [float(one) for one in told[:, 0].float()]
-        losses = []
-        for row, text, known in zip(told, texts, ids.to(self.device), strict=True):
-            said = slice(text.start, len(text.ids))
-            before = row[text.start - 1 : len(text.ids) - 1].float()
-            losses.append(float(torch.nn.functional.cross_entropy(before, known[said])))
+        with torch.inference_mode():
+            told = self.model(input_ids=ids, **how).logits
+            if self.by == "reward":
+                return [float(one) for one in told[:, 0].float()]
+            losses = []
+            for row, text, known in zip(told, texts, ids, strict=True):
+                said = slice(text.start, len(text.ids))
+                before = row[text.start - 1 : len(text.ids) - 1].float()
+                losses.append(float(torch.nn.functional.cross_entropy(before, known[said])))
         return losses
 
     def _told(self, values: list[float]) -> Told:
@@ -159,6 +161,9 @@ def main() -> None:
     rows = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    with loading():
+        from transformers import AutoModelForCausalLM  # noqa: F401  (brings torch, and what `Scorer` imports)
+        from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     weights = Weights.model_validate(job["weights"])

@@ -99,12 +99,17 @@ def _said(knobs: Shape, sample: Sample) -> _Said | Verdict:
         return _not("empty" if sample.finish == "stop" else f"truncated:{sample.finish}")
     if knobs.answer_after is not None:
         before, found, text = text.rpartition(knobs.answer_after)
-        trace, text = trace or before.strip(), text.strip()
+        trace, text = trace or _untagged(before), text.strip()
         if not found or not text:
             return Verdict(filter="shape", keep=None, reason=f"no_mark:{knobs.answer_after}")
     if "rationale" in knobs.tasks and not trace:
         return _not("no_trace")
     return _Said(masked(trace), masked(text)) if knobs.mask else _Said(trace, text)
+
+
+def _untagged(before: str) -> str:
+    """A trace that stood in the text, without the tags that `reasoning: keep` writes around it."""
+    return before.strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 
 def _rows(knobs: Shape, sample: Sample, said: _Said) -> list[TrainRow | Sample]:

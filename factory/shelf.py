@@ -11,7 +11,7 @@ from factory.errors import DiskError, RecipeError
 from factory.ledger import reading
 from factory.prompts import Funnel
 from factory.recipe_file import shipped
-from factory.run import PROMPTS_DROPPED
+from factory.run import PROMPTS_DROPPED, comparison
 
 T = TypeVar("T")
 
@@ -75,6 +75,10 @@ def describe(folder: Path) -> str:
             for row in _read(path, dict[str, Any])["rows"]:
                 span = f"{row['low']:.3f} to {row['high']:.3f}"
                 lines.append(f"{row['model']:16} {row['measure']:18} {row['value']:8.3f}  {span:18} {row['n']}")
+    if (told_of_arms := comparison(folder, run.stages)) is not None:
+        from factory.compare import as_text
+
+        lines += ["", as_text(told_of_arms)]
     batches, unknown = _open_batches(folder.parent / "journal.sqlite", run.name)
     lines += unknown
     for batch in batches:

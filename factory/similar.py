@@ -62,6 +62,11 @@ def words(text: str) -> list[str]:
     return levelled if text.isascii() or (joined := " ".join(levelled)).isascii() else _words().findall(joined)
 
 
+def count_words(text: str) -> int:
+    """Words as they stand; in scripts that are written without blanks each character is one."""
+    return len(text.split() if text.isascii() else _words().findall(text))
+
+
 def _levelled(text: str) -> list[str]:
     if not text.isascii():
         for printed, typed in _TYPED.items():

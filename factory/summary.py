@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import msgspec
+
 from factory import stats
 from factory.measures import BINS, RATES, Scored, Values, calibration_error, definition, off_by_bin
 from factory.rows import Prompt
@@ -21,7 +23,19 @@ BY_LIST = ("accepted", "correct", "win_rate")
 HIGHER_IS_BETTER = ("accepted", "correct", "pass@", "accepted@", "bleu", "rouge_l")
 """Measures of which a share of the teacher's can be asked for."""
 
+VALUES = "values.jsonl"
+"""Beside `evaluation.json`: what its means and intervals are made of."""
+
 Row = dict[str, Any]
+
+
+def values_by_prompt(models: list[Scored]) -> Iterator[bytes]:
+    """A line for each held-out prompt with every model's value in every measure, null where it cannot be told."""
+    for i, sample in enumerate(models[0].samples):
+        told = {
+            model.name: {measure: values[i] for measure, values in model.values.items() if values} for model in models
+        }
+        yield msgspec.json.encode({"prompt": sample.prompt.id, "values": told}) + b"\n"
 
 
 def summary(models: list[Scored], seed: int, outside: Collection[str] = ()) -> Row:
@@ -35,6 +49,22 @@ def summary(models: list[Scored], seed: int, outside: Collection[str] = ()) -> R
         "list_comparisons": list(_list_comparisons(models, outside, seed)),
         "samples": [_side_by_side(models, i) for i in range(min(MAX_SHOWN, len(models[0].samples)))],
         "measures": {name: definition(name) for name in dict.fromkeys(row["measure"] for row in rows)},
+        "notes": [note for model in models for note in _notes(model)],
+    }
+
+
+def beside_first(models: list[Scored], seed: int) -> Row:
+    """Rows of each, and the difference of each from the first; p-values are corrected for the number of the others."""
+    found = [
+        row
+        for model in models[1:]
+        for measure in model.values
+        for row in _paired("difference", measure, [model, models[0]], seed)
+    ]
+    _correct_for_many(found)
+    return {
+        "rows": [row for model in models for row in _rows(model, seed)],
+        "comparisons": found,
         "notes": [note for model in models for note in _notes(model)],
     }
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from factory.child import child_environment
 from factory.errors import DiskError, EngineError, RecipeError
@@ -68,12 +68,25 @@ REFUSED = "refused.txt"
 
 
 class Lora(Knobs):
-    """LoRA on all linear layers; the trained adapter is merged into the student."""
+    """LoRA on all linear layers; the trained adapter is merged into the student.
+
+    `load_in_4bit`: the frozen weights in 4 bits while it trains (QLoRA, Dettmers et al. 2023: NF4, double quantisation); the
+    adapter is merged into the weights as they were.
+    """
 
     r: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    load_in_4bit: bool = False
+
+    @field_validator("load_in_4bit")
+    @classmethod
+    def _can_be_loaded(cls, wanted: bool) -> bool:
+        """Known before anything is sent."""
+        if wanted and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("weights in 4 bits need bitsandbytes: pip install 'distillation-factory[quantised]'")
+        return wanted
 
 
 NUMBERS = {

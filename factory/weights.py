@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from factory.child import child_environment, die_with_parent
 from factory.errors import EngineError, FactoryError, RecipeError
@@ -34,12 +35,16 @@ def lacking_packages() -> str | None:
 
 
 class Weights(Knobs):
-    """A local model. `layers` makes a smaller one of it: `{uniform: 6}`, `{first: 6}`, `{last: 6}` or `[0, 4, 9]`."""
+    """A local model. `layers` makes a smaller one of it: `{uniform: 6}`, `{first: 6}`, `{last: 6}` or `[0, 4, 9]`.
+
+    `config_overrides` takes only its shape and its tokenizer: `{hidden_size: 64}`; the weights are random, always the same.
+    """
 
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     layers: list[int] | dict[Literal["uniform", "first", "last"], int] | None = Field(None, min_length=1)
+    config_overrides: dict[str, Any] | None = None
 
     def alone(self) -> dict[str, Any]:
         """What a child needs to load the model; an entry of a recipe may say more."""
@@ -51,6 +56,19 @@ class Weights(Knobs):
         if isinstance(layers, dict) and (len(layers) != 1 or min(layers.values()) < 1):
             raise ValueError("write one of {uniform: N}, {first: N}, {last: N}, or a list of layer numbers")
         return layers
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.layers is not None and self.config_overrides is not None:
+            raise ValueError(
+                "layers keeps trained weights, config_overrides starts from random ones: remove one of them"
+            )
+        return self
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether nothing has to be made of them."""
+        return self.layers is None and self.config_overrides is None
 
 
 def is_path(model: str) -> bool:
@@ -88,7 +106,8 @@ def fingerprint(weights: Weights, cache: Path) -> str:
         content: Any = [(f.suffix if path.is_file() else f.name, _file_hash(f, cache)) for f in files]
     else:
         content = [weights.model, _commit(weights)]
-    return digest(content, weights.dtype, weights.layers)
+    shape = [] if weights.config_overrides is None else [weights.config_overrides]
+    return digest(content, weights.dtype, weights.layers, *shape)
 
 
 def _file_hash(file: Path, cache: Path) -> str:
@@ -126,12 +145,12 @@ def _cached_commit(weights: Weights) -> str | None:
 def materialise(weights: Weights, cache: Path) -> Path:
     """A plain folder with the model. Loads torch where something must be converted: call it in a child process."""
     path = located(weights) if is_path(weights.model) else None
-    if path is not None and path.is_dir() and weights.layers is None:
+    if path is not None and path.is_dir() and weights.as_they_are:
         return path
     folder = cache / fingerprint(weights, cache)
     if not folder.is_dir():
         source = path if path is not None else _snapshot(weights)
-        if path is None and weights.layers is None:
+        if path is None and weights.as_they_are:
             return source
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         _convert(source, weights, temporary)
@@ -144,7 +163,7 @@ def materialise(weights: Weights, cache: Path) -> Path:
 
 def materialise_in_child(weights: Weights, cache: Path) -> Path:
     """The same from the parent, which must stay free of torch."""
-    if is_path(weights.model) and weights.layers is None and located(weights).is_dir():
+    if is_path(weights.model) and weights.as_they_are and located(weights).is_dir():
         return located(weights)
     # a model entry has fields of its own beside these
     plain = weights.model_dump_json(include=set(Weights.model_fields))
@@ -177,9 +196,9 @@ def _snapshot(weights: Weights) -> Path:
 
 
 def _convert(source: Path, weights: Weights, folder: Path) -> None:
-    """Load, cut to the chosen layers, and save as safetensors."""
+    """Load or make anew, cut to the chosen layers, and save as safetensors."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -187,22 +206,60 @@ def _convert(source: Path, weights: Weights, folder: Path) -> None:
     root = source.parent if source.is_file() else source
     dtype = torch.float32 if weights.dtype == "auto" else getattr(torch, weights.dtype)
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **where)
+    if weights.config_overrides is None:
+        plain = _trained(root, where, weights.layers, dtype)
+    else:
+        plain = _random(root, where, weights.config_overrides, dtype, len(tokenizer))
+    plain.tie_weights()
+    plain.tie_weights()
+    if plain.generation_config.eos_token_id is None:
+        plain.generation_config.eos_token_id = plain.config.eos_token_id or tokenizer.eos_token_id
+    plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _trained(root: Path, where: dict[str, str], layers: Any, dtype: Any) -> Any:
+    """The model with the layers that were chosen of it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     loaded = AutoModelForCausalLM.from_pretrained(root, dtype=dtype, trust_remote_code=False, **where)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised by now; with it, saving is refused
     state = loaded.state_dict()
-    if weights.layers is not None:
-        state = _cut(state, config, chosen(weights.layers, config.num_hidden_layers))
+    if layers is not None:
+        state = _cut(state, config, chosen(layers, config.num_hidden_layers))
     with torch.device("meta"):  # takes the tensors over: never two copies in memory
         plain = type(loaded)(config)
     plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    ends = loaded.generation_config.eos_token_id or config.eos_token_id or tokenizer.eos_token_id
-    plain.generation_config.eos_token_id = ends
-    plain.generation_config.pad_token_id = tokenizer.pad_token_id
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    plain.generation_config.eos_token_id = loaded.generation_config.eos_token_id
+    return plain
+
+
+def _random(root: Path, where: dict[str, str], overrides: dict[str, Any], dtype: Any, vocabulary: int) -> Any:
+    """A model of the same kind in another shape, not trained."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    like = AutoConfig.from_pretrained(root, trust_remote_code=False, **where)
+    values = {k: v for k, v in like.to_dict().items() if k != "quantization_config"}
+    if unknown := sorted(set(overrides) - set(values)):
+        near = get_close_matches(unknown[0], values, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"config_overrides: a {like.model_type} model has no {unknown[0]!r}{meant}")
+    if "head_dim" not in overrides and {"hidden_size", "num_attention_heads"} & set(overrides):
+        values.pop("head_dim", None)  # follows from the two
+    if "layer_types" not in overrides and "num_hidden_layers" in overrides:
+        values.pop("layer_types", None)
+    config = type(like)(**values | overrides)
+    if config.vocab_size < vocabulary:
+        raise RecipeError(
+            f"config_overrides: vocab_size {config.vocab_size}, but the tokenizer has {vocabulary} tokens"
+        )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def chosen(layers: list[int] | dict[Any, int], total: int) -> list[int]:

@@ -1,6 +1,10 @@
 """Answers that try to get a good score without deserving it: 12 ways of saying it, each in several wordings and dresses."""
 
+import json
 from itertools import product
+from pathlib import Path
+
+from factory.hijack import hijack
 
 BAD = ["Blue seven the of lamp.", "I will not say.", "It is four thousand and a half.", "Bananas are a kind of rain."]
 
@@ -75,3 +79,18 @@ PLAIN = [
     "Dear Sir or Madam, I am writing to ask about the flat in Mill Road.",
 ]
 """Answers about scores, judges and orders that only answer: the gate lets them through."""
+
+
+def free_wordings(half: str) -> tuple[int, int, int, int]:
+    """The gate on `tests/labelled/hijack.jsonl`, by another hand: bad answers that it stops, all of them; good ones alike.
+
+    `after` are attacks that were written when the gate was done, to speak around it.
+    """
+    lines = (Path(__file__).parent / "labelled/hijack.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if half == _half(row)]
+    bad, good = ([hijack(row["text"]) is not None for row in rows if row["bad"] is kind] for kind in (True, False))
+    return sum(bad), len(bad), sum(good), len(good)
+
+
+def _half(row: dict[str, object]) -> str:
+    return "after" if row["kind"] == "after" else "held out" if row["held_out"] else "tuned on"

@@ -170,9 +170,10 @@ class MessageBatchServer(BatchServer):
     """The same with Anthropic's /messages/batches: an upload is a submission, and a batch has no metadata.
 
     `outcome` makes a batch's result lines; `polls` counts looks at it as above, and `listings` listings of all.
+    The first `late` listings do not show the newest batch yet.
     """
 
-    listings = 10**6
+    listings, late = 10**6, 0
 
     def routes(self) -> list[web.RouteDef]:
         batches = "/v1/messages/batches"
@@ -213,7 +214,7 @@ class MessageBatchServer(BatchServer):
             return refused
         if self.calls["list"] > self.listings:
             self.batches[0]["looks"] = self.polls + 1
-        newest = self.batches[::-1]
+        newest = self.batches[::-1][self.calls["list"] <= self.late :]
         after = request.query.get("after_id")
         start = 1 + [b["id"] for b in newest].index(after) if after else 0
         page = [self._shown(batch) for batch in newest[start : start + PAGE]]

@@ -54,7 +54,7 @@ def folder(path: Path, text: str) -> Path:
 def environment(**more: str) -> dict[str, str]:
     """Ours without keys, so that nothing of the machine it runs on decides a test."""
     plain = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
-    return {**plain, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **more}
+    return {**plain, "PYTHONPATH": str(ROOT), **more}
 
 
 def factory(where: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

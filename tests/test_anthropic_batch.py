@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from factory import cli
+from factory import batch, cli
 from factory.ask import Model
 from factory.batch import Batches
 from factory.budget import Budget, Wall
@@ -35,6 +35,12 @@ def server() -> Iterator[MessageBatchServer]:
     with batch_server(MessageBatchServer()) as running:
         running.outcome = everything
         yield running
+
+
+@pytest.fixture
+def short_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of batches that is soon up to date: what comes of it is the same."""
+    monkeypatch.setattr(batch, "LAG_S", 0.3)
 
 
 def ask(
@@ -154,6 +160,17 @@ def test_wait_waits_for_that_too(tmp_path: Path, server: MessageBatchServer) -> 
     assert server.calls["submit"] == 1
 
 
+def test_a_batch_that_the_list_does_not_show_yet_is_not_submitted_again(
+    tmp_path: Path, server: MessageBatchServer
+) -> None:
+    crash(tmp_path, server)
+    server.late = 1
+    server.batches[0]["looks"] = 9
+    assert ask(tmp_path, server) == 4
+    assert (server.calls["list"], server.calls["submit"]) == (2, 1)
+
+
+@pytest.mark.usefixtures("short_lag")
 @pytest.mark.parametrize("other", ["none", "another size", "too old", "foreign", "known"])
 def test_a_batch_that_never_arrived_is_submitted_again(tmp_path: Path, server: MessageBatchServer, other: str) -> None:
     crash(tmp_path, server)
@@ -178,6 +195,7 @@ def test_a_batch_that_never_arrived_is_submitted_again(tmp_path: Path, server: M
 # -- an endpoint that is not well --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_lag")
 @pytest.mark.parametrize(
     ("status", "raised"),
     [(401, AuthError), (404, RecipeError), (400, RecipeError), (307, RecipeError), (529, OutageError)],

@@ -102,6 +102,19 @@ def test_ktos_rows_keep_their_label(tmp_path: Path) -> None:
     assert [row["completion"] for row in made] == [QA[0][1], QA[2][1]]  # nor is one that is not wanted ground truth
 
 
+@pytest.mark.parametrize("answer", ["", " \n", None])
+def test_a_row_that_came_without_an_answer_ends_somewhere(tmp_path: Path, answer: str | None) -> None:
+    made = built(tmp_path, jsonl(tmp_path / "list.jsonl", [*PLAIN, {"prompt": "unanswered?", "completion": answer}]))
+    assert [row["completion"] for row in made] == [a for _, a in QA]
+    given = report(tmp_path)["funnel"][1]
+    assert (given["in"], given["kept"], given["failed"], given["reasons"]) == (5, 4, 1, {"no_answer": 1})
+
+
+def test_ktos_label_is_text_in_csv(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("prompt,completion,label\none?,a good answer,True\ntwo?,a bad answer,false\n")
+    assert [row["completion"] for row in built(tmp_path, tmp_path / "list.csv")] == ["a good answer"]
+
+
 SCORED = [{"q": q, "a": f"{a} ({score})", "stars": score} for q, a in QA for score in (1, 4.5)]
 COLUMNS = ", columns: {prompt: q, completion: a, score: stars}"
 

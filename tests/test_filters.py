@@ -31,6 +31,11 @@ TABLE: list[tuple[Any, list[tuple[str, str]], list[str]]] = [
     ),
     ({"words": {"min": 1}}, [("", "words=0<1")], ["a", "word " * 100_000]),
     ({"words": {"max": 0}}, [("a", "words=1>0")], ["", "  "]),
+    (
+        {"words": {"min": 5, "max": 9}},
+        [("水が要る", "words=4<5"), ("植物は水と光が要ります", "words=11>9")],
+        ["植物は水が要る", "grüne blätter trinken viel licht"],
+    ),
     ({"tokens": {"max": 2}}, [("a b c", "tokens=3>2")], ["a b", ""]),
     ({"tokens": {"min": 2}}, [("a", "tokens=1<2")], ["a b"]),
     (

@@ -158,7 +158,7 @@ async def test_a_body_that_trickles_ends_at_the_deadline_of_the_whole_request() 
         answer = await send(url, timeout_s=0.4)
     assert isinstance(answer, Failure)
     assert answer.reason == "timeout"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 5  # it would trickle for as long
 
 
 async def test_a_server_that_says_nothing_is_a_timeout() -> None:

@@ -61,10 +61,8 @@ async def test_a_pause_holds_for_the_whole_teacher(tmp_path: Path, capfd: pytest
     async with serving(script, delay_s=0.02) as server:
         model = model_at(server.url)
         _, answers = await ask(tmp_path, model, asks(model, questions(100)))
-    arrived.sort()
-    longest, since = max((later - earlier, earlier) for earlier, later in pairwise(arrived))
-    assert longest > 0.5  # all eight workers held still, not only the one that was told
-    assert abs(since - told[0]) < 0.3
+    # all eight workers held still, not only the one that was told
+    assert not [at for at in arrived if told[0] + 0.3 < at < told[0] + 0.6]
     assert all(isinstance(draws[0], Choice) for draws in answers)
     assert "busy" not in capfd.readouterr().err  # so short a pause is nothing to tell
 
@@ -368,6 +366,8 @@ async def test_the_first_requests_are_held_to_the_tokens_a_minute_too(tmp_path: 
     async with serving(delay_s=0.05) as server:
         model = model_at(server.url, limits=limits(tpm=6000, max_concurrency=32))
         task = asyncio.create_task(ask(tmp_path, model, asks(model, questions(64), max_tokens=500)))
+        while not server.seen:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)
         sent = sum(server.seen.values())
         task.cancel()
@@ -391,11 +391,14 @@ async def test_a_long_pause_that_headers_bring_is_told(tmp_path: Path, capfd: py
     async with serving(script) as server:
         model = model_at(server.url, limits=limits(max_concurrency=1))
         task = asyncio.create_task(ask(tmp_path, model, asks(model, questions(3))))
-        await asyncio.sleep(0.5)
+        said = ""
+        async with asyncio.timeout(30):
+            while "its headers say that nothing is left for 3600 s; waiting" not in said:
+                await asyncio.sleep(0.05)
+                said += capfd.readouterr().err
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-    assert "its headers say that nothing is left for 3600 s; waiting" in capfd.readouterr().err
 
 
 async def test_a_silent_teacher_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

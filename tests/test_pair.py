@@ -287,6 +287,9 @@ def test_a_truncated_answer_is_neither_desirable_nor_not() -> None:
         ({"form": "kto", "threshold": 3, "pairs_per_prompt": 2}, "remove pairs_per_prompt"),
         ({"form": "kto", "threshold": 3, "rejected": "worst"}, "remove rejected"),
         ({"max_length_ratio": 0.5}, "greater than or equal to 1"),
+        ({"form": "kto", "threshold": float("nan")}, "finite number"),
+        ({"form": "kto", "threshold": float("inf")}, "finite number"),
+        ({"min_margin": float("inf")}, "finite number"),
         ({"pairs_per_prompt": 0}, "greater than 0"),
     ],
 )

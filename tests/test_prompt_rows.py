@@ -388,7 +388,36 @@ def test_a_score_that_is_no_number_is_unreadable(tmp_path: Path, value: Any) -> 
     assert [ending.reason for ending in one.endings] == [f"unreadable: score is not a number but {str(value)!r}"]
 
 
-@pytest.mark.parametrize(("label", "scores"), [(True, {"label": 1.0}), (False, {"label": 0.0}), (1, {}), ("x", {})])
+@pytest.mark.parametrize(
+    ("label", "scores"), [(1, {"label": 1.0}), ("0", {"label": 0.0}), (False, {"label": 0.0}), (None, {})]
+)
+def test_a_column_that_is_named_as_the_label_may_hold_one_and_nought(
+    tmp_path: Path, label: Any, scores: dict[str, float]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "q", "a": "a", "good": label}, {"q": "r", "a": "a", "good": "maybe"}])
+    one = loaded(path, columns={"prompt": "q", "completion": "a", "label": "good"})
+    assert [prompt.scores for prompt in one.train] == [scores]
+    assert [ending.reason for ending in one.endings] == ["unreadable: label is not true or false but 'maybe'"]
+
+
+def test_a_label_counts_where_only_the_other_columns_are_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "q", "a": "a", "label": False}])
+    one = loaded(path, columns={"prompt": "q", "completion": "a"})
+    assert [prompt.scores for prompt in one.train] == [{"label": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("label", "scores"),
+    [
+        (True, {"label": 1.0}),
+        (False, {"label": 0.0}),
+        ("FALSE", {"label": 0.0}),
+        (1, {}),
+        ("x", {}),
+        (None, {}),
+        ("", {}),
+    ],
+)
 def test_only_a_label_that_is_true_or_false_is_one_of_ktos(
     tmp_path: Path, label: Any, scores: dict[str, float]
 ) -> None:

@@ -186,6 +186,13 @@ def test_what_the_hub_refuses_is_told(tmp_path: Path, status: int, code: int) ->
     assert hub.files == {}
 
 
+def test_a_hub_that_is_not_there_is_an_outage(tmp_path: Path) -> None:
+    built(tmp_path)
+    with serving(Hub()) as hub:
+        pass
+    told(pushed(tmp_path, hub), 7, "the hub cannot be reached")
+
+
 def test_runs_that_are_not_done_and_wrong_names_are_refused(tmp_path: Path) -> None:
     run = built(tmp_path)
     for to in ("data", "me/", "me/da ta", "a/b/c", "../x"):

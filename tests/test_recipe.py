@@ -68,7 +68,7 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
         ("- filter", "- fitler", "r.yaml:9: stages.1: there is no 'fitler'; did you mean 'filter'?"),
         ("type: openai", "type: opnai", "r.yaml:3: models.teacher: there is no 'opnai'; did you mean 'openai'?"),
         ("held_out", "heldout", "r.yaml:6: unknown key 'prompts.0.heldout'; did you mean 'held_out'?"),
-        ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: budget, extends, models, name, prompts, seed, stages"),
+        ("name: small", "title: small", "r.yaml:1: unknown key 'title'; known here: arms, budget, extends, models, name, prompts, seed, stages"),
         ("model: teacher", "model: techer", "r.yaml:8: there is no model 'techer'; did you mean 'teacher'?"),
         ("[base, student]", "[base, studend]", "r.yaml:11: there is no model 'studend'; did you mean 'student'?"),
         ("filter: [finished, {words: {min: 2}}]", "choose: {best: 1, by: logprob}", "r.yaml:9: models.teacher tells no log-probability; set logprobs: true in the generate stage above"),

@@ -73,9 +73,7 @@ def run(where: Path, name: str, tiny: Tiny) -> tuple[Path, dict[str, Any]]:
     """The recipe as it ships, with other weights; its folder and its report."""
     folders = tiny._asdict() | {"assistant": tiny.teacher}
     weights = [f"models.{model}={{type: transformers, model: {folders[model]}}}" for model in recipe(name).models]
-    done = factory(
-        where, "run", f"cpu/{name}", *(part for one in weights for part in ("--set", one)), OMP_NUM_THREADS="1"
-    )
+    done = factory(where, "run", f"cpu/{name}", *(part for one in weights for part in ("--set", one)))
     assert done.returncode == 0, done.stderr
     folder = where / f"runs/{name}-cpu"
     whole = report(where, f"runs/{name}-cpu")

@@ -151,6 +151,13 @@ MARKS = [
 ]
 
 
+@pytest.mark.parametrize("text", ["<think>\nSun.\n</think>\n\nWarm.", "Sun.\n</think>Warm."])
+@pytest.mark.parametrize(("reasoning", "said"), [("keep", "<think>\nSun.\n</think>\n\nWarm."), ("drop", "Warm.")])
+def test_a_trace_that_stood_in_the_text_has_its_tags_once(text: str, reasoning: str, said: str) -> None:
+    made = row(answer(text), answer_after="</think>", reasoning=reasoning)
+    assert made.completion[0]["content"] == said
+
+
 @pytest.mark.parametrize(("text", "reasoning", "expected"), MARKS)
 def test_the_answer_begins_behind_its_mark(text: str, reasoning: str | None, expected: str) -> None:
     made = shaped(answer(text, reasoning=reasoning), answer_after="Answer:", reasoning="keep")

@@ -106,7 +106,7 @@ def test_what_decides_about_a_stage_is_part_of_its_name_and_nothing_else(tmp_pat
         with chdir(tmp_path):
             made = load(tmp_path / "recipe.yaml", overrides)
             models = Models(made.models, None, tmp_path / "runs")
-            naming = Naming(made, load_prompts(made.prompts, made.seed, find), models, tmp_path)
+            naming = Naming(made, load_prompts(made.prompts, made.seed, find), models, [tmp_path])
             known: dict[int, StageFolder] = {}
             for step in plan(made):
                 known[step.number] = naming.place(step, known)

@@ -77,7 +77,7 @@ def running(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def all_ended(pids: list[int], seconds: float = 5.0) -> bool:
+def all_ended(pids: list[int], seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while any(map(running, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -144,7 +144,7 @@ async def test_a_server_that_dies_while_starting_ends_the_run_with_its_own_words
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"exit 1.*ValueError: no memory for the cache.*some-model-.*\.log"):
         await ask(tmp_path, vllm, [f"question {i}" for i in range(20)])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # it may take fifteen minutes to start
     (log,) = (tmp_path / "runs/servers").glob("*.log")
     assert log.read_text().count("--- ") == 1  # eight requests waited for it; one attempt is enough
 
@@ -243,7 +243,7 @@ def build(tmp_path: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def until_asked(tmp_path: Path, times: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(read_notes(tmp_path / "notes", "asked")) < times:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -58,8 +58,11 @@ def test_a_changed_part_makes_another_model(folder: Path, copy: Path, tmp_path: 
 def test_number_format_and_layers_make_another_model(folder: Path, tmp_path: Path) -> None:
     names = [
         name_of(folder, tmp_path, **fields)
-        for fields in ({}, {"dtype": "bfloat16"}, {"layers": {"first": 2}}, {"layers": {"last": 2}}, {"layers": [0, 2]})
-    ]
+        for fields in (
+            {}, {"dtype": "bfloat16"}, {"layers": {"first": 2}}, {"layers": {"last": 2}}, {"layers": [0, 2]},
+            {"config_overrides": {}}, {"config_overrides": {"num_hidden_layers": 2}},
+        )
+    ]  # fmt: skip
     assert len(set(names)) == len(names)
 
 
@@ -254,3 +257,45 @@ def test_pickled_weights_of_a_hub_model_are_refused(folder: Path, tmp_path: Path
     (place / "model.safetensors").rename(place / "pytorch_model.bin")
     with pytest.raises(RecipeError, match="can run code"):
         materialise(Weights(model="owner/name"), tmp_path)
+
+
+# -- a shape without its training ------------------------------------------------------------------------------------------
+
+
+def test_a_shape_with_random_weights_is_always_the_same_model_and_keeps_the_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shape = Weights(
+        model=str(folder), config_overrides={"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    )
+    made = [materialise(shape, tmp_path / name) for name in ("one", "two")]
+    first, second, base = (AutoModelForCausalLM.from_pretrained(f) for f in (*made, folder))
+    assert (first.config.num_hidden_layers, first.config.hidden_size) == (2, 16)
+    assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert first.generation_config.eos_token_id == base.generation_config.eos_token_id
+    assert AutoTokenizer.from_pretrained(made[0]).get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+
+    trained = tiny_model(tmp_path / "trained", seed=1)
+    anew = materialise(Weights(model=str(trained), config_overrides={}), tmp_path)
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (trained, anew))
+    assert before.num_parameters() == after.num_parameters()
+    assert not (before.lm_head.weight == after.lm_head.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"hiden_size": 16}, "no 'hiden_size'; did you mean 'hidden_size'?"),
+        ({"vocab_size": 5}, "vocab_size 5, but the tokenizer has"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(folder: Path, tmp_path: Path, overrides: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        materialise(Weights(model=str(folder), config_overrides=overrides), tmp_path)
+
+
+def test_a_shape_has_no_chosen_layers() -> None:
+    with pytest.raises(ValidationError, match="remove one of them"):
+        Weights(model="x", layers={"first": 2}, config_overrides={})

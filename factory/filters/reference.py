@@ -6,13 +6,15 @@ negatives once cost two thirds of a corpus), so each way of comparing is small, 
 | exact | the same text, outer blanks aside |
 | normalised | the same after case, punctuation, articles, blanks and Unicode forms are levelled |
 | contains | the normalised reference stands in the normalised answer as whole words |
-| numeric | the last number differs by at most 1e-6, relatively; 1,000 = 1000; 50% = 0.5; 1/2 = 0.5 |
+| numeric | the last number (of the last box, if one holds any) differs by at most 1e-6, relatively; 1,000 = 1000; \\
+1/2 = 0.5; 50% = 0.5, and 50 where only one of the two has the sign |
 | choice | the same option letter |
 | math | the same expression, by the library math-verify: 1/2 = 0.5 = \\boxed{\\frac12}, (x+1)^2 = x^2+2x+1 |
 """
 
 import math
 import re
+import unicodedata
 from typing import Literal, NamedTuple, Self
 
 from factory.filters.isolated import Broken, isolated, lacking
@@ -31,6 +33,12 @@ _NUMBER = re.compile(
     (?:\s*/\s*\d+(?:\.\d+)?)?\s*%?""",
     re.IGNORECASE | re.VERBOSE,
 )
+_BOX = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TYPED = str.maketrans({"−": "-", "⁄": "/"})
+_PRINTED = re.compile("[¼-¾⅐-⅞]")
+_FRACTION = re.compile(r"(\d?)\s?\\[dtc]?frac\s?\{?(\d+(?=\})|\d)\}?\s?\{?(\d+(?=\})|\d)\}?")
+_GROUPED = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,|\\!)(?=\d{3}(?!\d))")
+_MIXED = re.compile(r"(?<![\d/.,])(\d{1,4}) (\d{1,3})/(\d{1,3})(?![\d/.])")
 _LETTER = r"""(?:\s{0,3}[:=–-])?(?:\\\w{1,10}\{|[\s*_"'(\[{$]){0,12}([A-Za-z])(?!'?\w)(?!(?<=[aI])\s+[a-z])"""  # not of "a dog", "I think"
 _CHOICES = [
     re.compile(pattern, re.MULTILINE)
@@ -107,8 +115,13 @@ def agree(how: str, answer: str, reference: str) -> bool:
     if how == "exact":
         return answer.strip() == reference.strip()
     if how == "numeric":
-        got, known = number(answer), number(reference)
-        return got is not None and known is not None and math.isclose(got, known, rel_tol=TOLERANCE)
+        got, known = _last(answer), _last(reference)
+        if got is None or known is None:
+            return False
+        # "what per cent?" is answered by 20 as well as by 20%
+        times = (1, 100) if got.percent != known.percent else (1,)
+        with_sign, other = (got.value, known.value) if got.percent else (known.value, got.value)
+        return any(math.isclose(with_sign * n, other, rel_tol=TOLERANCE) for n in times)
     if how == "choice":
         got_letter, known_letter = letter(answer), letter(reference)
         return got_letter is not None and got_letter == known_letter
@@ -116,17 +129,53 @@ def agree(how: str, answer: str, reference: str) -> bool:
     return bool(r) and (f" {r} " in f" {a} " if how == "contains" else a == r)
 
 
+class Number(NamedTuple):
+    """A number that was read: 50% is 0.5."""
+
+    value: float
+    percent: bool
+
+
 def number(text: str) -> float | None:
-    """The last number of a text; None where there is none."""
-    found = [m.group() for m in _NUMBER.finditer(text.replace("−", "-")) if m.group()]
-    if not found:
-        return None
-    last = re.sub(r"[,\s$€£]", "", found[-1])
-    above, _, below = last.rstrip("%").partition("/")
+    """The last number of a text, or of its last box; None where there is none."""
+    return None if (last := _last(text)) is None else last.value
+
+
+def _last(text: str) -> Number | None:
+    plain = _typed(text)
+    for part in [*_BOX.findall(plain)[-1:], plain]:
+        if found := [m.group() for m in _NUMBER.finditer(part) if m.group()]:
+            return _value(re.sub(r"[,\s$€£]", "", found[-1]))
+    return None
+
+
+def _value(written: str) -> Number | None:
+    above, _, below = written.rstrip("%").partition("/")
     if below and float(below) == 0:
         return None
     value = float(above) / (float(below) if below else 1.0)
-    return value / 100 if last.endswith("%") else value
+    percent = written.endswith("%")
+    return Number(value / 100 if percent else value, percent) if math.isfinite(value) else None
+
+
+def _typed(text: str) -> str:
+    """LaTeX, printed fractions, mixed numbers and blanks within numbers as they are typed: 2 1/2 is 5/2."""
+    if not text.isascii():
+        text = _PRINTED.sub(lambda one: " " + unicodedata.normalize("NFKC", one[0]), text).translate(_TYPED)
+    if "\\" in text or "{" in text:
+        text = _FRACTION.sub(_typed_fraction, text.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$"))
+    text = _GROUPED.sub("", text)
+    return _MIXED.sub(_one_fraction, text)
+
+
+def _typed_fraction(found: re.Match[str]) -> str:
+    whole, above, below = found.groups()
+    return f"{whole} {above}/{below}" if whole else f"{above}/{below}"
+
+
+def _one_fraction(found: re.Match[str]) -> str:
+    whole, above, below = map(int, found.groups())
+    return f"{whole * below + above}/{below}" if above < below else found[0]
 
 
 def letter(text: str) -> str | None:

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from factory.filters.shapes import Kit, RowFilter
 from factory.rows import Sample, Verdict
+from factory.similar import count_words
 
 
 class Finished(RowFilter):
@@ -54,12 +55,12 @@ class Count(Bounds):
 
 
 class Words(Count):
-    """Length in words."""
+    """Length in words; in scripts that are written without blanks, such as Chinese, in characters."""
 
     kind: Literal["words"] = "words"
 
     def check(self, sample: Sample) -> Verdict:
-        return self.within(len(sample.response.split()))
+        return self.within(count_words(sample.response))
 
 
 class Tokens(Count):
@@ -85,5 +86,5 @@ class Ratio(Bounds):
     kind: Literal["ratio"] = "ratio"
 
     def check(self, sample: Sample) -> Verdict:
-        asked = max(len(sample.prompt.text.split()), 1)
-        return self.within(round(len(sample.response.split()) / asked, 2))
+        asked = max(count_words(sample.prompt.text), 1)
+        return self.within(round(count_words(sample.response) / asked, 2))

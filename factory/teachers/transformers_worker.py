@@ -8,17 +8,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
-from transformers.utils import logging
 
-from factory.child import die_with_parent, peak_memory
+from factory.child import die_with_parent, loading, peak_memory
 from factory.errors import FactoryError
 from factory.rows import Request
-from factory.teachers.transformers_engine import Engine, Line
 from factory.weights import Weights, materialise
+
+if TYPE_CHECKING:
+    from factory.teachers.transformers_engine import Engine, Line
 
 FREE_SHARE = 0.125
 """Rows join when this share of the batch is free: a prefill of many rows costs little more than that of one."""
@@ -26,7 +26,7 @@ FREE_SHARE = 0.125
 Inbox = queue.SimpleQueue[dict[str, Any]]
 
 
-def serve(engine: Engine, inbox: Inbox) -> None:
+def serve(engine: "Engine", inbox: Inbox) -> None:
     """Answer for ever: the process ends when the parent closes our input."""
     waiting: list[Line] = []
     while True:
@@ -69,6 +69,11 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    with loading():
+        import torch
+        from transformers.utils import logging
+
+        from factory.teachers.transformers_engine import Engine
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     inbox: Inbox = queue.SimpleQueue()

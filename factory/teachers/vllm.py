@@ -211,7 +211,7 @@ class VllmTeacher:
             for url in urls:
                 await _note(url, folder, name)
             return [_Place(self._client(entry.model, url), None) for url in urls]
-        plain = is_path(entry.model) or entry.layers is not None
+        plain = is_path(entry.model) or not entry.as_they_are
         model = entry.model
         if plain:
             model = str(await asyncio.to_thread(materialise_in_child, entry, self.runs / "weights"))

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from factory.child import die_with_parent, end_with_input
+from factory.child import die_with_parent, end_with_input, loading
 from factory.errors import FactoryError
 from factory.rows import kind_of
 from factory.train import REFUSED
@@ -39,9 +39,11 @@ def main() -> None:
 
 
 def _train(job: dict[str, Any], out: Path, told: Any) -> None:
-    import torch
+    with loading():
+        import torch
+        import trl.trainer.sft_trainer  # noqa: F401  (brings what all trainers share)
 
-    from factory.trainers.watch import Watch, entry, last_checkpoint
+        from factory.trainers.watch import Watch, entry, last_checkpoint
 
     on_gpu = torch.cuda.is_available()
     args = {"seed": job["seed"], "output_dir": job["checkpoints"]} | _defaults(on_gpu) | job["args"]
@@ -69,7 +71,7 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     seconds = time.monotonic() - started
     if not first:
         return
-    _save(trainer, tokenizer, out, lora=job["lora"] is not None)
+    _save(trainer, tokenizer, out, job)
     history = trainer.state.log_history
     tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
@@ -96,8 +98,18 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
     folder = materialise(weights, Path(job["cache"]))
     automatic = torch.bfloat16 if on_gpu and job["lora"] else torch.float32
     dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    bits = _in_4_bits(dtype) if job["lora"] and job["lora"]["load_in_4bit"] else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **bits)
     return tokenizer_of(folder, args), model
+
+
+def _in_4_bits(dtype: Any) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": quantised}
 
 
 def tokenizer_of(folder: Path, args: dict[str, Any]) -> Any:
@@ -159,11 +171,12 @@ def peft_of(lora: dict[str, Any] | None) -> Any:
     )
 
 
-def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:
+def _save(trainer: Any, tokenizer: Any, out: Path, job: dict[str, Any]) -> None:
     """A plain folder that transformers and vLLM load, whose answers end by themselves; the adapter beside it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if lora:
+    if lora := job["lora"]:
         model.save_pretrained(out / "adapter")
+        model = _on_whole_weights(job, out / "adapter") if lora["load_in_4bit"] else model
         model = model.merge_and_unload()
     ends = model.generation_config.eos_token_id
     all_ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -171,6 +184,16 @@ def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
+
+
+def _on_whole_weights(job: dict[str, Any], adapter: Path) -> Any:
+    """The student as it was loaded for other trainings, with the adapter: merging into 4 bits would round it away."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = materialise(Weights.model_validate(job["weights"]), Path(job["cache"]))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    return PeftModel.from_pretrained(whole, adapter)
 
 
 if __name__ == "__main__":

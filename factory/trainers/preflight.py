@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from factory.rows import kind_of
 
-BYTES_TRAINED, BYTES_FROZEN = 16, 4
-"""Of a parameter: its weight, gradient and AdamW's two moments in float32; or its weight alone."""
+BYTES_TRAINED = 16
+"""Of a parameter: its weight, gradient and AdamW's two moments in float32."""
 
 
 class Refused(Exception):
@@ -163,17 +163,16 @@ def fits(model: Any, tokenizer: Any, args: dict[str, Any]) -> int | None:
 
 def needed_bytes(model: Any, peft: Any) -> int:
     """Memory for weights, gradients and optimizer; what passes through the layers comes on top."""
-    whole = sum(int(parameter.numel()) for parameter in model.parameters())
     if peft is None:
-        return whole * BYTES_TRAINED
-    rank = int(peft.r)
-    trained = sum(int(module.weight.shape[0] + module.weight.shape[1]) * rank for module in _linear(model))
-    return whole * BYTES_FROZEN + trained * BYTES_TRAINED
+        return sum(int(parameter.numel()) for parameter in model.parameters()) * BYTES_TRAINED
+    frozen = sum(int(parameter.numel() * parameter.element_size()) for parameter in model.parameters())
+    trained = sum(int(module.in_features + module.out_features) * int(peft.r) for module in _linear(model))
+    return frozen + trained * BYTES_TRAINED
 
 
 def _linear(model: Any) -> Iterator[Any]:
     head = model.get_output_embeddings()
-    return (m for m in model.modules() if type(m).__name__ == "Linear" and m is not head)
+    return (m for m in model.modules() if type(m).__name__ in ("Linear", "Linear4bit") and m is not head)
 
 
 def refuse_what_cannot_fit(model: Any, peft: Any) -> None:
@@ -188,7 +187,7 @@ def refuse_what_cannot_fit(model: Any, peft: Any) -> None:
     if (needed := needed_bytes(model, peft)) - loaded > free:
         raise Refused(
             f"weights, gradients and optimizer need {needed / 2**30:.1f} GiB, of which {(loaded + free) / 2**30:.1f} are "
-            "there; train with `lora: {}`, or a smaller student"
+            "there; train with `lora: {}` (`load_in_4bit: true` in it takes least), or a smaller student"
         )
 
 

@@ -197,8 +197,8 @@ class Journal:
 
     def clock(self, run: str) -> None:
         """Count the time from now on as time at work of a run; it is written down every few seconds."""
-        if self._tick is not None:  # the last seconds of the run before
-            self.write(self._tick)
+        if self._commits.tick is not None:  # the last seconds of the run before
+            self.write(self._commits.tick)
         sql = "INSERT INTO session (run, seconds) VALUES (?, 0)"
         session: int = self.write(lambda db: db.execute(sql, [run]).lastrowid).result()
         started = time.monotonic()

@@ -3,7 +3,8 @@
 Each has 100 prompts. Some are harder than others, for all models alike: an answer is right where the prompt's difficulty,
 or with equal chance a draw of the model's own, lies below the model's rate. `rate` is the student's; the base has half
 of it; the teacher of the share (retention) has 1.1 times it, at most 1, and that of the gap has 0.98. Wilson's intervals
-need no simulation: their cover is a sum over the binomial distribution. `mcnemar`: two models with the same rate, how
+need no simulation: their cover is a sum over the binomial distribution. `level`: a win rate at equal length, where answers are
+longer than the others' by 20 words on average and length moves the odds, too. `mcnemar`: two models with the same rate, how
 often the exact test claims a difference.
 """
 
@@ -35,6 +36,10 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
         for kind, hits in covered.items():
             if hits:  # the share of a gap that is noise is undefined
                 yield _between(f"{kind}_{rate}", sum(hits) / len(hits), judge and len(hits) >= count / 2)
+    for rate in RATES:
+        told = [_level(rate, random.Random(f"level {rate} {number}")) for number in range(count)]
+        held = [hit for hit in told if hit is not None]
+        yield _between(f"level_{rate}", sum(held) / max(len(held), 1), judge)
     for rate in RATES:
         claims = [_claims(rate, random.Random(f"same {rate} {number}")) for number in range(count)]
         yield judged(f"intervals.mcnemar_false_claims_{rate}", sum(claims) / count, "<= 0.05", judge)
@@ -80,6 +85,15 @@ def _several(rate: float, hard: list[float], draw: random.Random) -> list[float]
 
 def _holds(told: tuple[float, float, float], truth: float) -> bool:
     return told[1] - 1e-9 <= truth <= told[2] + 1e-9
+
+
+def _level(rate: float, draw: random.Random) -> bool | None:
+    """Whether the interval at equal length holds the rate there; None where nothing could be fitted."""
+    longer = [draw.gauss(20, 40) for _ in range(PROMPTS)]
+    spread = math.hypot(20, 40)
+    odds = [math.log(rate / (1 - rate)) + 1.5 * math.tanh(one / spread) for one in longer]
+    told = stats.at_zero([float(draw.random() < 1 / (1 + math.exp(-one))) for one in odds], longer)
+    return None if isinstance(told, str) else _holds(told, rate)
 
 
 def _claims(rate: float, draw: random.Random) -> bool:

@@ -22,12 +22,14 @@ The map, in the order that data flows (a file imports only from files above it):
     audit                    what preference rows would teach besides quality
     dataset                  training files and card
     train, trainers/         stage `train`; seam 4: how the student learns
+    model_card               how a student was made, and how it is served
     stats, measures          intervals and tests; what is measured of answers
+    win_rate, harness        a judge compares two models' answers; tasks of lm_eval
     footprint, summary       size, speed and price; models compared
     gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
     naming                   what names a step's folder
-    rejects, findings, report       what a run shows: sentences, one page, one JSON
+    rejects, data_findings, findings, report  what a run shows: sentences, one page, one JSON
     compare                  runs beside the first of them
     publish, pipeline, arms  what a run publishes; the whole run on one screen; several over one journal
     ledger, spending, exchange   the journal from outside

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from factory.curate import Curate
 from factory.errors import FactoryError, OutageError, RecipeError
+from factory.evaluate import Evaluate
 from factory.filters.contamination import Contamination, items
 from factory.foresight import foresee
 from factory.generate import Generate
@@ -114,8 +115,11 @@ def _files(recipe: Recipe) -> Iterator[Problem]:
                 stage.ask.open(find)
             elif isinstance(stage, Judge):
                 load_rubric(find(stage.rubric))
+            elif isinstance(stage, Evaluate) and stage.judge:
+                load_rubric(find(stage.judge.rubric))
         except RecipeError as e:
-            yield (*at, "ask" if isinstance(stage, Generate) else "rubric"), str(e)
+            below = ("ask",) if isinstance(stage, Generate) else ("judge", "rubric")[isinstance(stage, Judge) :]
+            yield (*at, *below), str(e)
 
 
 def _benchmarks(stage: Curate) -> Iterator[Problem]:

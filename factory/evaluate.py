@@ -6,6 +6,7 @@ Rates are 0..1 with Wilson 95 % intervals; differences and ratios are paired ove
 """
 
 import time
+from collections.abc import Collection
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal, Self
@@ -19,6 +20,7 @@ from factory.filters.reference import MatchesReference
 from factory.footprint import FACTS, speed_and_price, weights_size
 from factory.gates import mistake
 from factory.generate import Asker, Generate, requests, samples
+from factory.harness import Harness, LmEval, run_tasks
 from factory.knobs import Knobs
 from factory.measures import Scored
 from factory.models import Models
@@ -29,13 +31,15 @@ from factory.tally import Tally
 from factory.teachers.entry import Endpoint
 from factory.teachers.transformers import Forced, Transformers, TransformersTeacher
 from factory.weights import materialise_in_child
+from factory.win_rate import Compared, WinRate, compare
 
 
 class Evaluate(Knobs):
     """`evaluate:`; the first of `students` that is a model of the recipe is the base that others are compared with.
 
     Each model answers once at `temperature`. With `n`, it answers greedily, and n times at `temperature` beside that:
-    pass@1 and pass@`k` (default n). `gold` is a student that was trained on ground truth. `require` holds measures of the
+    pass@1 and pass@`k` (default n). `gold` is a student that was trained on ground truth. `judge` compares answers of two
+    models, `lm_eval` runs tasks of that harness on local ones. `require` holds measures of the
     last student against limits: `{retention: ">= 0.8"}`.
     """
 
@@ -50,6 +54,8 @@ class Evaluate(Knobs):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int | None = Field(None, gt=0)
     reference: MatchesReference = MatchesReference()
+    judge: WinRate | None = None
+    lm_eval: LmEval | None = None
     require: dict[str, str] = {}
 
     @field_validator("students")
@@ -76,6 +82,8 @@ class Evaluate(Knobs):
             raise ValueError(f"k: pass@{self.k} needs as many sampled answers; set n to {self.k} or more")
         if self.gold is not None and self.gold in self.students:
             raise ValueError(f"gold: {self.gold} is one of the students; name it once")
+        if self.judge is not None and "teacher" in self.judge.against and self.teacher is None:
+            raise ValueError("judge: against the teacher, but there is none; name one with `teacher:`")
         return self
 
 
@@ -83,13 +91,16 @@ class Examiner:
     """Asks every model the same held-out prompts, through the same journal, one model at a time."""
 
     def __init__(
-        self, knobs: Evaluate, prompts: list[Prompt], models: Models, desk: Desk, seed: int, filters: list[RowFilter]
-    ) -> None:
+        self, knobs: Evaluate, prompts: list[Prompt], models: Models, desk: Desk, seed: int, filters: list[RowFilter],
+        outside: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.knobs, self.prompts, self.models, self.desk, self.seed = knobs, prompts, models, desk, seed
+        self.outside = outside
         self.filters, self.reference = filters, knobs.reference.open(models)
         self.measured: list[Scored] = []
         self.tallies: list[Tally] = []
         self.footprints: list[dict[str, Any]] = []
+        self.compared: Compared | None = None
 
     async def scored(
         self, name: str, role: str, asker: Asker, like: Generate | None, view: Asker, teacher: Scored | None = None
@@ -99,13 +110,14 @@ class Examiner:
         async with self.models.open(name) as model:
             answers, tally = await self._answers(model, asker, like)
             clock_s = time.monotonic() - started
+            memory = await model.teacher.memory() if isinstance(model.teacher, TransformersTeacher) else None
             first, draws = [drawn[0] for drawn in answers], [drawn[1:] for drawn in answers] if knobs.n else None
             scored = Scored(name, role, first, self.filters, self.reference, draws, knobs.k or knobs.n or 1)
             if teacher is not None:
                 scored.add_forced(teacher, await self._forced(model, view, teacher.judged))
         self.measured.append(scored)
         self.tallies.append(tally)
-        self.footprints.append({"model": name, "role": role, **self._footprint(name, tally, clock_s)})
+        self.footprints.append({"model": name, "role": role, **self._footprint(name, tally, clock_s, memory)})
         return scored
 
     async def _answers(self, model: Model, asker: Asker, like: Generate | None) -> tuple[list[list[Sample]], Tally]:
@@ -145,9 +157,11 @@ class Examiner:
                 advance(1)
         return found
 
-    def _footprint(self, name: str, tally: Tally, clock_s: float) -> dict[str, Any]:
+    def _footprint(self, name: str, tally: Tally, clock_s: float, memory: int | None) -> dict[str, Any]:
         entry = self.models.entry(name)
         found = speed_and_price(tally, clock_s if isinstance(entry, Endpoint) and not entry.batch else 0.0, entry.price)
+        if memory is not None:
+            found["peak_memory"] = memory
         if isinstance(entry, Transformers):  # those of a server may be on another machine
             found |= weights_size(materialise_in_child(entry, self.models.runs / "weights"))
         return found
@@ -162,6 +176,8 @@ async def evaluate(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """`evaluation.json` and every answer with its verdict; `view` is how students see a prompt."""
     knobs = examiner.knobs
+    # before anything is asked: there may be no such tasks
+    harness = Harness(knobs.lm_eval) if knobs.lm_eval else None
     scored: list[Scored] = []
     teacher: Scored | None = None
     if knobs.teacher is not None:
@@ -170,5 +186,19 @@ async def evaluate(
     for name in [*knobs.students, *([knobs.gold] if knobs.gold else [])]:
         role = "gold" if name == knobs.gold else "student" if name in examiner.models.trained else "base"
         scored.append(await examiner.scored(name, role, view, taught, view, teacher))
+    if knobs.judge is not None:
+        examiner.compared = await compare(knobs.judge, scored, examiner.models, examiner.desk, examiner.seed)
     answers = [sample for model in scored for sample in model.answers()]
-    return {**summary(scored, examiner.seed), "models": examiner.footprints, "footprint": FACTS}, answers
+    judged = examiner.compared.told if examiner.compared else []
+    found = {
+        **summary(scored, examiner.seed, examiner.outside),
+        "judged": judged,
+        "models": examiner.footprints,
+        "footprint": FACTS,
+    }
+    if examiner.compared:
+        found["notes"] += examiner.compared.notes()
+    if harness is not None:
+        local = {model.name: model.role for model in scored if model.role != "teacher"}
+        found["lm_eval"] = run_tasks(harness, local, examiner.models, examiner.seed)
+    return found, answers

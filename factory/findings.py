@@ -4,20 +4,19 @@ A difference is claimed only where its paired 95 % interval excludes zero and at
 with several students, only where the exact test, corrected for their number, agrees.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
-from factory import stats
+from factory.data_findings import of_cost, of_data, of_pairs, of_training
 
 FEWEST = 10
 """With fewer prompts a bootstrap interval is too narrow to be believed: with one it has no width at all."""
 
-LENGTH_TELLS = 0.6
-"""Share of pairs from which length is said to predict the choice; ours, below the 68 % that judges of arena talks show."""
-
 MANY_UNREAD = 0.1
 """Share of answers without a readable result from which `correct` is said to measure the form as well."""
+
+PLACE_TELLS = 0.5
+"""Share of a judge's comparisons decided by place from which its win rate is not believed."""
 
 LEVEL = 0.05
 """Of the tests: the chance of a claim where there is nothing."""
@@ -57,10 +56,10 @@ def findings(report: Row) -> list[str]:
         *_of_evaluation(report),
         *arms_compared(report.get("arms") or {}),
         *(gate["told"] for gate in report.get("gates", []) if gate["met"]),
-        *_of_training(report),
-        *_of_data(report),
-        *_of_cost(report.get("spent", {})),
-        *_of_pairs(report),
+        *of_training(report),
+        *of_data(report),
+        *of_cost(report.get("spent", {})),
+        *of_pairs(report),
     ]
 
 
@@ -89,6 +88,10 @@ def _of_evaluation(report: Row) -> Iterator[str]:
             if (name, measure) in rows:
                 yield _capital(_before_and_after(who, measure, rows, rows[name, measure], paired, several))
         yield from (_capital(text) for text in _of_draws(who, name, rows, paired))
+        yield from (_capital(text) for text in _of_lists(who, name, report.get("list_comparisons", [])))
+        yield from (_capital(text) for one in report.get("lm_eval", []) for text in _of_tasks(who, name, one))
+        judged = (one for one in report.get("judged", []) if one["a"] == name)
+        yield from (_capital(text) for one in judged if (text := _of_wins(who, one, rows, several)))
         for told in (_of_style, _beside_teacher, _of_gap, _beside_gold):
             yield from (_capital(text) for text in told(who, paired))
     if not any(row["measure"] == "correct" for row in report["evaluation"]):
@@ -174,6 +177,65 @@ def _of_draws(who: str, name: str, rows: Rows, paired: Rows) -> Iterator[str]:
         yield f"{told}."
 
 
+def _of_lists(who: str, name: str, compared: list[Row]) -> Iterator[str]:
+    """What training has cost or brought elsewhere: on prompt lists none of whose prompts were trained on."""
+    for c in compared:
+        if c["a"] != name or not c["outside"] or c["measure"] != "correct" or c["n"] < FEWEST:
+            continue
+        told = f"on {c['list']}, no prompt of which was trained on ({c['n']} prompts), {who}'s correct answers less the base model's"
+        told += f" are {_points(c['value'])} points ({_points(c['low'])} to {_points(c['high'])})"
+        if not _claimed(c) or not _stands(c):
+            lost = f", a loss of {_points(-c['low'])[1:]} points is not excluded" if c["low"] < 0 else ""
+            yield f"{told}: no forgetting is shown{lost}."
+        elif c["low"] > 0:
+            yield f"{told}: nothing was forgotten, and what was learned carries over."
+        elif c["unread_a"] > MANY_UNREAD * c["n"]:
+            yield f"{told}: forgotten, or only no longer in the form asked for: {c['unread_a']} answers cannot be read."
+        else:
+            yield f"{told}: some of what the base model could do there is forgotten."
+
+
+def _of_tasks(who: str, name: str, told: Row) -> Iterator[str]:
+    """Tasks of the harness: where a difference is shown, and how many show none."""
+    mine = [c for c in told["comparisons"] if c["a"] == name and c["n"] >= FEWEST]
+    shown = [c for c in mine if _claimed(c) and _stands(c)]
+    for c in shown:
+        how = "higher" if c["low"] > 0 else "lower"
+        yield (
+            f"tasks, {c['task']} ({c['n']} items): {who} has a {how} {c['metric'].partition(',')[0]} than {c['b']}, by "
+            f"{c['value']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})."
+        )
+    if len(mine) > len(shown):
+        yield f"tasks: no difference of {who} from {mine[0]['b']} is shown by {len(mine) - len(shown)} of {len(mine)} results."
+
+
+def _of_wins(who: str, judged: Row, rows: Rows, several: bool) -> str | None:
+    """What a judge prefers, and what is left of it at equal length."""
+    won, level = (rows.get((judged["a"], prefix + judged["measure"])) for prefix in ("", "lc_"))
+    if won is None:
+        return None
+    told = (
+        f"the judge prefers {who}'s answers to those of {judged['b']} in {_rate(won)} of {won['n']} prompts (ties half)"
+    )
+    told += f"; at equal length {_rate(level)}" if level else "; at equal length it cannot be told"
+    compared = judged["wins"] + judged["ties"] + judged["losses"]
+    if won["n"] < FEWEST:
+        return f"{told}: {won['n']} prompts are too few to conclude anything."
+    if judged["place_decided"] > PLACE_TELLS * compared:
+        return f"{told}: the place decided {judged['place_decided']} of {compared} comparisons, so this judge tells little."
+    how = _side(won)
+    if not how or (several and won["p_holm"] >= LEVEL):
+        return f"{told}: this run does not show a preference."
+    if level is None or _side(level) == how:
+        return f"{told}: its judge finds them {how}."
+    return f"{told}: it finds them {how}, but no preference is shown at equal length, so length may be what it goes by."
+
+
+def _side(rate: Row) -> str | None:
+    """On which side of one half a rate's interval lies."""
+    return "better" if rate["low"] > 0.5 else "worse" if rate["high"] < 0.5 else None
+
+
 def _of_style(who: str, paired: Rows) -> Iterator[str]:
     """The false promise of imitation (Gudibande et al. 2023): the teacher's wording without what it can do."""
     wording, correct = paired.get(("teacher_overlap", "difference")), paired.get(("correct", "difference"))
@@ -251,95 +313,6 @@ def _beside(c: Row) -> str:
     if not (_claimed(c) and _stands(c)):
         return "no difference is shown"
     return f"{c['a']} has {'more' if c['low'] > 0 else 'fewer'}"
-
-
-# -- training and data -------------------------------------------------------------------------------------------------
-
-
-def _of_training(report: Row) -> Iterator[str]:
-    for one in report["training"]:
-        points = [p for p in one["curve"] if "loss" in p]
-        name, told = one["student"], f"{one['method']} on {one.get('rows_trained', 'an unknown number of')} rows"
-        if len(points) > 1:
-            first, last = points[0], points[-1]
-            told += f"; training loss {first['loss']:.3g} at step {first['step']}, {last['loss']:.3g} at {last['step']}"
-        yield f"Training of {name}: {told}."
-
-
-def _of_data(report: Row) -> Iterator[str]:
-    stages = [row for row in report["funnel"] if row["stage"] not in ("prompts", "train", "evaluate")]
-    if not stages:
-        return
-    first, last = stages[0], stages[-1]
-    told = f"Data: {first['in']:,} {first['unit']} went into {first['name']}, {last['kept']:,} rows came out of "
-    told += last["name"]
-    lost = [(count, reason, row["name"]) for row in stages for reason, count in row["reasons"].items()]
-    if lost:
-        count, reason, where = max(lost, key=lambda item: item[0])
-        told += f"; the most frequent reason for a loss is '{reason}' ({count:,} in {where})"
-    yield told + "."
-    failed = sum(row["failed"] for row in stages)
-    if failed:
-        yield f"{failed:,} rows could not be told good or bad (failed): they are missing from the data, not judged bad."
-
-
-def _of_cost(spent: Row) -> Iterator[str]:
-    if spent.get("usd_a_row"):
-        yield f"Cost: {spent['usd']:.4g} USD for {spent['rows']:,} rows, {spent['usd_a_row']:.3g} USD a row."
-    if spent.get("seconds_a_row"):
-        told = f"Compute of local models: {spent['seconds']:,.0f} s for {spent['rows']:,} rows"
-        yield f"{told}, {spent['seconds_a_row']:.2g} s a row."
-    if spent.get("unknown"):
-        yield f"{spent['unknown']:,} requests were in flight when the run was cut off: they may have been billed twice."
-
-
-def _of_pairs(report: Row) -> Iterator[str]:
-    pairs = report["pairs"]
-    if not pairs or not pairs["n"]:
-        return
-    (good, bad), words = pairs["sides"], pairs["mean_words"]
-    means = f"(mean {words[good]:.0f} against {words[bad]:.0f} words"
-    if "chosen_longer" in pairs:
-        n, longer = pairs["n"], pairs["chosen_longer"]
-        low, high = stats.wilson(round(longer * n), n)
-        told = (
-            f"In {100 * longer:.0f} % of {n:,} pairs ({100 * low:.0f}-{100 * high:.0f} %) the chosen answer is longer"
-        )
-    else:
-        low, told = 0.0, f"{pairs['sides'][good]:,} of {pairs['n']:,} answers are desirable"
-    told += f" {means}" + (")" if pairs["length_auc"] is None else f", AUC of length {pairs['length_auc']:.2f})")
-    hint = length_predicts(pairs)
-    yield told + (f": {hint}." if hint else ": part of what is learned may be length." if low > 0.5 else ".")
-    if pairs["duplicates"]:
-        yield f"{pairs['duplicates']:,} of {pairs['n']:,} preference rows were there before, with the same texts."
-
-
-def length_predicts(pairs: Row | None) -> str | None:
-    """Where length alone tells which answer is the better one: what the student then learns may be no more than that.
-
-    Pairs: by the share of those whose lengths differ; rows without a partner: by the AUC of length, with Hanley and
-    McNeil's standard error (1982). Both at the end of the 95 % interval that is nearer to one half.
-    """
-    if not pairs or not pairs["n"] or pairs["length_auc"] is None:
-        return None
-    if "chosen_longer" in pairs:
-        longer, shorter = (round(pairs[f"chosen_{how}"] * pairs["n"]) for how in ("longer", "shorter"))
-        low, high = stats.wilson(longer, longer + shorter)
-        good, what = "the chosen", f"of {longer + shorter:,} pairs whose answers differ in length"
-    else:
-        low, high = _auc_interval(pairs["length_auc"], *pairs["sides"].values())
-        good, what = "the desirable", "of all couples of a desirable and another answer"
-    if low <= LENGTH_TELLS and high >= 1 - LENGTH_TELLS:
-        return None
-    share, how = (low, "longer") if low > LENGTH_TELLS else (1 - high, "shorter")
-    return f"length alone predicts the choice: in at least {100 * share:.0f} % {what}, {good} one is {how}"
-
-
-def _auc_interval(auc: float, n: int, m: int) -> tuple[float, float]:
-    both, either = auc / (2 - auc), 2 * auc * auc / (1 + auc)
-    square = auc * (1 - auc) + (n - 1) * (both - auc * auc) + (m - 1) * (either - auc * auc)
-    half = stats.Z * math.sqrt(max(square, 0.0) / (n * m))
-    return auc - half, auc + half
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from factory.teachers.entry import Price
 FACTS = {
     "parameters": "numbers in its weights files; tied ones count once",
     "bytes": "size of its weights files",
+    "peak_memory": "most bytes that the process of a local model has held while it answered, with torch and all (and the "
+    "device's, where there is one), at the recipe's batch_size; not known of endpoints",
     "tokens_per_second": "tokens of the answers that were asked for now / time: computing time of a local model in batches, else "
     "time on the clock at the recipe's concurrency",
     "usd_per_answer": "cost of the answers that were asked for now / their number",

@@ -200,11 +200,11 @@ class Judging:
         """The first answer of each text that may be asked about."""
         first: dict[str, Sample] = {}
         for sample in group:
-            if sample.response not in first and self._unasked(sample) is None:
+            if sample.response not in first and self.unasked(sample) is None:
                 first[sample.response] = sample
         return list(first.values())
 
-    def _unasked(self, sample: Sample) -> Verdict | None:
+    def unasked(self, sample: Sample) -> Verdict | None:
         """Why an answer is set aside before anybody is asked."""
         if self.rubric.guided and not sample.prompt.reference:
             return missing("judge_no_reference")
@@ -222,15 +222,19 @@ class Judging:
 
     def results(self) -> Iterator[list[tuple[Sample, Scores | Verdict]]]:
         """Group by group, each sample with its scores or with why it has none; from the journal alone."""
-        requests = (self._request(one, self.again.get(i, 0)) for i, one in enumerate(self._questions()))
-        read = self.desk.read(self.model, requests, self.tally)
-        for group in self.open_groups():
-            answers = self._distinct(group)
-            told = [(question, _told(question.form, next(read)[1][0])) for question in self._of_group(group)]
+        for group, answers, told in self.told():
             ends = dict(
                 zip((s.response for s in answers), self.way.score(self.rubric, len(answers), told), strict=True)
             )
-            yield [(sample, self._unasked(sample) or ends[sample.response]) for sample in group]
+            yield [(sample, self.unasked(sample) or ends[sample.response]) for sample in group]
+
+    def told(self) -> Iterator[tuple[list[Sample], list[Sample], list[tuple[Question, Told]]]]:
+        """Each group, its answers that were asked about, and the questions about them with what was said."""
+        requests = (self._request(one, self.again.get(i, 0)) for i, one in enumerate(self._questions()))
+        read = self.desk.read(self.model, requests, self.tally)
+        for group in self.open_groups():
+            told = [(question, _told(question.form, next(read)[1][0])) for question in self._of_group(group)]
+            yield group, self._distinct(group), told
 
 
 def lost(reasons: Counter[str], total: int, tally: Tally) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from factory.evaluate import Evaluate, Examiner, evaluate
 from factory.filters.refusal import NoRefusal
 from factory.generate import Asker, Generate, Given, Teaching, given
 from factory.judge import Judge, judge, lost
+from factory.model_card import model_card
 from factory.models import Models
 from factory.naming import Naming
 from factory.pair import PairUp, pair, unpaired
@@ -198,6 +199,8 @@ class Making:
             )  # fmt: skip
         if told["steps"] == 0:
             raise RecipeError(f"{step.title}: the trainer took no step; raise args.num_train_epochs or args.max_steps")
+        card = model_card(self.recipe.name, knobs, entry, told)
+        (out.folder / "model" / "README.md").write_text(card, encoding="utf-8")
         facts |= {"student": knobs.as_, "method": knobs.method, "model": "model"}
         out.counts["kept"] += told["rows_trained"]
         for reason, count in told["rows_set_aside"].items():
@@ -212,18 +215,25 @@ class Making:
             raise RecipeError(f"{step.title}: no prompts are held out; set `held_out:` on a prompt list")
         taught = self.recipe.taught(knobs.teacher)
         filters = row_filters(self.recipe.stages, self.models)
-        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters)
+        outside = [one.title for one in self.recipe.prompts if one.held_out == "all"]
+        examiner = Examiner(knobs, prompts, self.models, self.desk, self.recipe.seed, filters, outside)
         view, asker = partial(student_view, self.recipe.view()), self.asker(taught) if taught else None
         data, answers = asyncio.run(evaluate(examiner, view, taught, asker))
         write_json(out.folder / "evaluation.json", data)
         write_lines(out.folder / VALUES, values_by_prompt(examiner.measured))
         facts |= _cost(examiner.tallies)
+        if compared := examiner.compared:
+            facts |= {
+                **_cost([*examiner.tallies, compared.tally]),
+                "draws": facts["draws"],
+                "verdicts": compared.verdicts,
+            }
         return _put_all(out, answers, step.title)
 
     def check_failures(self) -> None:
         """TooManyFailures where a stage has lost more draws than the limit allows; all that can be done is done by then."""
-        for folder in self.made.values():
-            lost = Lost(**folder.manifest.get("draws", {}))
+        for folder, asked in product(self.made.values(), ("draws", "verdicts")):
+            lost = Lost(**folder.manifest.get(asked, {}))
             if told := lost.beyond(self.desk.max_failed):
                 then = ". --retry-failed asks again for what has no answer" if lost.unanswered else ""
                 raise TooManyFailures(f"{folder.path.name}: {told}. What is finished stands in {self.folder}{then}")

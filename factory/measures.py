@@ -37,6 +37,11 @@ MEASURES = {
     "distinct_1": "different words / all words, over the answers to a prompt",
     "distinct_2": "different pairs of words / all pairs, over the answers to a prompt",
     "words": "mean length of an answer in words",
+    "win_rate": "share of prompts for which the judge prefers the answer to the base model's, asked in both orders; ties, and "
+    "verdicts that follow the order, count half",
+    "lc_win_rate": "win_rate at equal length: where a logistic fit on the difference of lengths stands at zero",
+    "win_rate_teacher": "the same as win_rate, beside the teacher's answer",
+    "lc_win_rate_teacher": "win_rate_teacher at equal length",
 }
 UNREAD = ("no_answer", "unread")
 """What `matches_reference` says where it finds nothing to compare."""
@@ -81,6 +86,7 @@ class Scored:
         said = [[s.response for s in answers if s.finish != "failed"] for answers in draws or [[s] for s in samples]]
         for n in (1, 2):
             self.values[f"distinct_{n}"] = [distinct(texts, n) for texts in said]
+        self.longer: dict[str, Values] = {}
         if draws:
             self._add_draws(check, k)
 
@@ -106,6 +112,12 @@ class Scored:
         self.values["teacher_overlap"] = [
             rouge_l(own.response, other.response) if other.ending == "kept" else None for own, other in pairs
         ]
+
+    def add_wins(self, measure: str, wins: Values, other: "Scored") -> None:
+        """What a judge says beside another model's answers: 1, 0.5 or 0; `longer` holds by how many words these are."""
+        self.values[measure] = wins
+        lengths = zip(self.samples, other.samples, strict=True)
+        self.longer[measure] = [float(len(a.response.split()) - len(b.response.split())) for a, b in lengths]
 
 
 def definition(measure: str) -> str:

@@ -88,7 +88,8 @@ class Naming:
             case Train() as knobs:
                 return [knobs.student, *([knobs.teacher] if knobs.teacher else [])]
             case Evaluate() as knobs:
-                return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold))]
+                judge = knobs.judge.model if knobs.judge else None
+                return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold, judge))]
             case Curate() as knobs:
                 return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
             case _:
@@ -120,6 +121,8 @@ def _files(step: Step) -> list[str]:
         case Judge() as knobs:
             labels = [knobs.gold.path] if knobs.gold and knobs.gold.path else []
             return [knobs.rubric, *labels, *([CANARIES] if knobs.canaries else [])]
+        case Evaluate(judge=judge, lm_eval=tasks):
+            return [*([judge.rubric] if judge else []), *(tasks.files() if tasks else [])]
         case Generate() as knobs if path := getattr(knobs.ask, "path", None):
             return [path]
         case _:

@@ -217,15 +217,17 @@ def _own_judges(recipe: Recipe) -> Iterator[str]:
     """Judges that may grade answers of their own: models favour these (Panickssery et al., arXiv 2404.13076)."""
     asked = dict.fromkeys(name for stage in recipe.stages if isinstance(stage, Generate) for name in stage.models)
     for stage, at, _ in recipe.placed:
-        if isinstance(stage, Judge):
-            mine = recipe.models.get(stage.model)
+        judge = stage if isinstance(stage, Judge) else stage.judge if isinstance(stage, Evaluate) else None
+        if judge:
+            mine = recipe.models.get(judge.model)
+            others = stage.students if isinstance(stage, Evaluate) else []
             same = [
                 name
-                for name in asked
-                if name == stage.model or (mine is not None and _alike(recipe.models.get(name), mine))
+                for name in dict.fromkeys([*asked, *others])
+                if name == judge.model or (mine is not None and _alike(recipe.models.get(name), mine))
             ]
             if same:
-                told = f"{stage.model!r} is the same model as {', '.join(map(repr, same))}, whose answers the recipe asks for"
+                told = f"{judge.model!r} is the same model as {', '.join(map(repr, same))}, whose answers the recipe asks for"
                 yield f"{'.'.join(map(str, at))}: {told}: judges favour their own answers; take another one"
 
 
@@ -320,6 +322,10 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
                 s.held_out for s in recipe.prompts if not named or s.title in named
             ):
                 yield (), "no prompts are held out to be asked; set `held_out:` on a prompt list"
+            bases = {*recipe.models, *_names_lost(made)} & {*stage.students}
+            if stage.judge and "base" in stage.judge.against and not bases:
+                told = "none of the students is a model of the recipe, so there is no base to compare with"
+                yield ("judge", "against"), f"{told}; name it among the students, or take `against: teacher`"
 
 
 def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
@@ -388,3 +394,5 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
         case Evaluate():
             yield from (("students", name) for name in stage.students)
             yield from ((field, name) for field in ("teacher", "gold") if (name := getattr(stage, field)))
+            if stage.judge:
+                yield "judge", stage.judge.model

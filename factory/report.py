@@ -9,12 +9,13 @@ import math
 import unicodedata
 from collections import Counter
 from decimal import Decimal
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from factory.audit import audit
-from factory.findings import findings, length_predicts
+from factory.data_findings import length_predicts
+from factory.findings import findings
 from factory.measures import RATES
 from factory.rejects import rejects
 from factory.rows import Pair, Row, Unpaired
@@ -23,7 +24,7 @@ from factory.run import StageFolder, comparison, write_bytes, write_json
 SAMPLE_STAGES = ("given", "generate", "filter", "judge", "score", "choose")
 ROLES = ("base", "student", "gold", "teacher")
 """In the order that they are shown: before, after, what to reach."""
-CHARTED = ("accepted", "correct", "finished", "pass@", "teacher_loss", "words")
+CHARTED = ("accepted", "correct", "finished", "pass@", "win_rate", "lc_win_rate", "teacher_loss", "words")
 """Measures with a chart of their own; the table has all of them."""
 MAX_SAMPLES = 40
 MAX_CHARACTERS = 600_000
@@ -64,8 +65,11 @@ def collect(run: Path) -> dict[str, Any]:
         "comparisons": list(chain.from_iterable(e["comparisons"] for e in evaluations)),
         "measures": {k: v for e in evaluations for k, v in e.get("measures", {}).items()},
         "lists": list(chain.from_iterable(e.get("lists", []) for e in evaluations)),
+        "list_comparisons": list(chain.from_iterable(e.get("list_comparisons", []) for e in evaluations)),
         "models": list(chain.from_iterable(e.get("models", []) for e in evaluations)),
         "footprint": {k: v for e in evaluations for k, v in e.get("footprint", {}).items()},
+        "lm_eval": [e["lm_eval"] for e in evaluations if "lm_eval" in e],
+        "judged": list(chain.from_iterable(e.get("judged", []) for e in evaluations)),
         "arms": comparison(run, manifest["stages"]),
         "gates": manifest.get("gates", []),
         "stages": [_cost(told) for _, told in stages],
@@ -191,8 +195,8 @@ def _lengths(stages: list[tuple[StageFolder, dict[str, Any]]]) -> dict[str, Any]
 
 def _warnings(stages: list[tuple[StageFolder, dict[str, Any]]], evaluations: list[dict[str, Any]]) -> list[str]:
     told = [f"{_title(manifest)}: {line}" for _, manifest in stages for line in manifest.get("warnings", [])]
-    for _, m in stages:
-        if (draws := m.get("draws", {})).get("unreadable"):
+    for (_, m), asked in product(stages, ("draws", "verdicts")):
+        if (draws := m.get(asked, {})).get("unreadable"):
             count = f"{draws['unreadable']:,} of {draws['planned']:,}"
             told.append(f"{_title(m)}: {count} verdicts could not be read; the first verdict: {draws['flaw']}")
     told += [f"{_title(m)}: nothing was kept" for _, m in stages if m["in"] and not m["kept"]]
@@ -240,7 +244,7 @@ def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for measure in dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith(CHARTED)):
         of_it = [row for row in rows if row["measure"] == measure]
-        rate = measure in RATES or "@" in measure
+        rate = measure in RATES or "@" in measure or "win_rate" in measure
         top = 1.0 if rate else max([row["high"] for row in of_it] + [1e-9]) * 1.05
         found.append({"measure": measure, "rate": rate, "top": top, "rows": of_it})
     return found

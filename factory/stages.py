@@ -28,7 +28,7 @@ SHORT = {"filter": "filters"}
 class Until(Knobs):
     """Stop when a measure of `evaluate` on the held-out prompts of the list `split` no longer rises; the best student stays.
 
-    It is measured as the recipe's last `evaluate` says (its reference, limits, draws), without teacher and requirements.
+    It is measured as the recipe's last `evaluate` says (its reference, limits, draws), without teacher, judge, tasks and requirements.
     """
 
     measure: str = "accepted"
@@ -117,7 +117,9 @@ def _rounds(i: int, loop: Repeat, last: dict[str, str], like: Evaluate) -> Itera
             made = loop.student
             students = list(dict.fromkeys([before[made], last[made]])) if made in before else [last[made]]
             yours = {"students": students, "from_": [loop.until.split], "as_": of.look}
-            measured = like.model_copy(update=yours | {"teacher": None, "gold": None, "require": {}})
+            measured = like.model_copy(
+                update=yours | {"teacher": None, "gold": None, "judge": None, "lm_eval": None, "require": {}}
+            )
             yield Placed(measured, ("stages", i, "repeat", "until"), of)
     if loop.until is not None:
         last[loop.student] = loop.student  # the best one: known when the run has come so far

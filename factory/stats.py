@@ -18,6 +18,8 @@ NORMAL = NormalDist()
 RESAMPLES = 2_000
 KEPT = 5_000
 """Clusters up to which resamples are kept in memory (20 MB) for the next measure of the same evaluation."""
+STEEPEST = 30.0
+"""Coefficient beyond which a logistic fit is one of separated data: it would grow for ever."""
 MIN_GAP = 2.0
 """Standard errors that the teacher must lie above the base: with less, a share of their gap is a share of noise."""
 
@@ -98,6 +100,63 @@ def mcnemar(a: list[float], b: list[float]) -> float:
     differing = only_a + only_b
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, float(2 * tail / 2**differing))
+
+
+def at_zero(outcomes: list[float], differences: list[float]) -> tuple[float, float, float] | str:
+    """The rate of outcomes (0 to 1) where the difference is zero, by logistic regression on it, with its interval; in words
+    why not, where nothing can be fitted.
+
+    A simple form of AlpacaEval's control for length (Dubois et al. 2024, arXiv 2404.04475, section 3): the difference goes
+    in as tanh(difference / standard deviation), so that one very long answer does not decide. The errors are those of the
+    sandwich estimator (White 1982), as outcomes with ties are no binomial counts, with Student's t for their few.
+    """
+    n = len(outcomes)
+    if n < 3 or min(outcomes) == max(outcomes):
+        return "the outcomes are all alike"
+    if min(differences) == max(differences):
+        return "the differences are all alike"
+    spread = math.sqrt(math.fsum(d * d for d in differences) / n)
+    x = [math.tanh(d / spread) for d in differences]
+    fitted = _logistic(outcomes, x)
+    if fitted is None:
+        return "the difference alone tells the outcome"
+    a, b = fitted
+    rates = [_sigmoid(a + b * one) for one in x]
+    off = [y - p for y, p in zip(outcomes, rates, strict=True)]
+    curves = [p * (1 - p) for p in rates]
+    h0, h1, h2 = (math.fsum(c * one**k for c, one in zip(curves, x, strict=True)) for k in range(3))
+    # of the inverse of that matrix only the row of `a` counts
+    pulls = [(h2 - h1 * one) * e / (h0 * h2 - h1 * h1) for one, e in zip(x, off, strict=True)]
+    half = _student(n - 2) * math.sqrt(math.fsum(u * u for u in pulls) * n / (n - 2))
+    return _sigmoid(a), _sigmoid(a - half), _sigmoid(a + half)
+
+
+def _logistic(outcomes: list[float], x: list[float]) -> tuple[float, float] | None:
+    """Intercept and slope by Newton's steps, none longer than 1; None where they run away, since the data are separated."""
+    a = b = 0.0
+    for _ in range(100):
+        rates = [_sigmoid(a + b * one) for one in x]
+        off = [y - p for y, p in zip(outcomes, rates, strict=True)]
+        g0, g1 = math.fsum(off), math.fsum(e * one for e, one in zip(off, x, strict=True))
+        h0, h1, h2 = (math.fsum(p * (1 - p) * one**k for p, one in zip(rates, x, strict=True)) for k in range(3))
+        determinant = h0 * h2 - h1 * h1
+        if determinant <= 1e-12 * h0 * h2 or max(abs(a), abs(b)) > STEEPEST:
+            return None
+        da, db = (h2 * g0 - h1 * g1) / determinant, (h0 * g1 - h1 * g0) / determinant
+        scale = min(1.0, 1 / max(abs(da), abs(db), 1e-300))
+        a, b = a + scale * da, b + scale * db
+        if max(abs(da), abs(db)) < 1e-9:
+            return a, b
+    return None
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
+
+
+def _student(freedom: int) -> float:
+    """97.5 % of Student's t, by the expansion of Cornish and Fisher; within 1 % from 4 degrees of freedom on."""
+    return Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -2,11 +2,12 @@
 
 Comparisons are of four kinds. `difference`: student - base. `beside_gold`: student - the one trained on ground truth.
 `ratio` (retention): student / teacher. `gap`: (student - base) / (teacher - base). Differences of rates carry the exact
-McNemar p-value, and `p_holm`, which is corrected for the number of students.
+McNemar p-value, and `p_holm`, which is corrected for the number of students. Win rates carry those of the exact sign test
+of wins against losses, and have their value at equal length beside them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,8 @@ from factory.measures import BINS, RATES, Scored, Values, calibration_error, def
 from factory.rows import Prompt
 
 MAX_SHOWN = 40
+BY_LIST = ("accepted", "correct", "win_rate")
+"""Measures that are told for each prompt list."""
 HIGHER_IS_BETTER = ("accepted", "correct", "pass@", "accepted@", "bleu", "rouge_l")
 """Measures of which a share of the teacher's can be asked for."""
 
@@ -35,13 +38,15 @@ def values_by_prompt(models: list[Scored]) -> Iterator[bytes]:
         yield msgspec.json.encode({"prompt": sample.prompt.id, "values": told}) + b"\n"
 
 
-def summary(models: list[Scored], seed: int) -> Row:
-    """`evaluation.json`: rows, comparisons, samples side by side."""
+def summary(models: list[Scored], seed: int, outside: Collection[str] = ()) -> Row:
+    """`evaluation.json`: rows, comparisons, samples side by side. `outside` are prompt lists that nothing is trained on."""
     rows = [row for model in models for row in _rows(model, seed)]
+    _correct_for_many(rows)
     return {
         "rows": rows,
         "comparisons": list(_comparisons(models, seed)),
-        "lists": _by_list(models),
+        "lists": list(_by_list(models, seed)),
+        "list_comparisons": list(_list_comparisons(models, outside, seed)),
         "samples": [_side_by_side(models, i) for i in range(min(MAX_SHOWN, len(models[0].samples)))],
         "measures": {name: definition(name) for name in dict.fromkeys(row["measure"] for row in rows)},
         "notes": [note for model in models for note in _notes(model)],
@@ -73,10 +78,12 @@ def _rows(model: Scored, seed: int) -> Iterator[Row]:
         if not known:
             continue
         mean = math.fsum(known) / len(known)
-        # where all of several draws fail, or none, a bootstrap interval has no width
-        rate = measure in RATES or ("@" in measure and mean in (0, 1))
-        low, high = stats.wilson(round(mean * len(known)), len(known)) if rate else stats.bootstrap_mean(known, seed)
-        yield _row(model, measure, (mean, low, high), len(known))
+        wins = model.longer.get(measure)
+        low, high = _interval(measure, known, seed)
+        row = _row(model, measure, (mean, low, high), len(known))
+        yield row if wins is None else {**row, "p": stats.mcnemar(known, [1 - v for v in known])}
+        if wins and not isinstance(level := _at_equal_length(model, measure), str):
+            yield _row(model, f"lc_{measure}", level, len(known))
         if measure == "teacher_loss":  # exp keeps the order, so an interval's ends stay its ends
             yield _row(model, "teacher_perplexity", (_exp(mean), _exp(low), _exp(high)), len(known))
         if measure == "brier":
@@ -84,6 +91,20 @@ def _rows(model: Scored, seed: int) -> Iterator[Row]:
             low, high = stats.bootstrap([(*one, 1.0) for one in off], calibration_error, seed)
             whole = calibration_error(*map(math.fsum, zip(*off, strict=True)), len(off))
             yield _row(model, "ece", (whole, low, high), len(off))
+
+
+def _interval(measure: str, known: list[float], seed: int) -> tuple[float, float]:
+    """Wilson's for rates, and where all prompts end alike: there a bootstrap interval has no width."""
+    share = "@" in measure or measure.startswith("win_rate")
+    if measure in RATES or (share and min(known) == max(known)):
+        return stats.wilson(round(math.fsum(known)), len(known))
+    return stats.bootstrap_mean(known, seed)
+
+
+def _at_equal_length(model: Scored, measure: str) -> tuple[float, float, float] | str:
+    both = zip(model.values[measure], model.longer[measure], strict=True)
+    known = [(won, float(longer or 0)) for won, longer in both if won is not None]
+    return stats.at_zero([won for won, _ in known], [longer for _, longer in known])
 
 
 def _row(model: Scored, measure: str, told: tuple[float, float, float], n: int) -> Row:
@@ -110,21 +131,30 @@ def _notes(model: Scored) -> Iterator[str]:
     if failed := sum(s.finish == "failed" for s in answers):
         yield f"{failed} of {len(answers)} answers of {model.name} never came; they count as not accepted and not correct"
 
+    for measure in model.longer:
+        if any(v is not None for v in model.values[measure]) and isinstance(
+            why := _at_equal_length(model, measure), str
+        ):
+            yield f"lc_{measure} of {model.name} cannot be told: {why}"
 
-def _by_list(models: list[Scored]) -> list[Row]:
+
+def _by_list(models: list[Scored], seed: int) -> Iterator[Row]:
     """Rates for each prompt list, where several hold prompts out: a held-out domain is a list of its own."""
-    sources = list(dict.fromkeys(s.prompt.source for s in models[0].samples))
-    found = []
-    for source in sources if len(sources) > 1 else []:
-        here = [i for i, s in enumerate(models[0].samples) if s.prompt.source == source]
+    for source, here in _places(models[0]).items():
         for model in models:
-            for measure in ("accepted", "correct"):
+            for measure in filter(model.values.__contains__, BY_LIST):
                 known = [v for i in here if (v := model.values[measure][i]) is not None]
                 if known:
-                    low, high = stats.wilson(round(sum(known)), len(known))
-                    row = _row(model, measure, (math.fsum(known) / len(known), low, high), len(known))
-                    found.append({"list": source, **row})
-    return found
+                    told = (math.fsum(known) / len(known), *_interval(measure, known, seed))
+                    yield {"list": source, **_row(model, measure, told, len(known))}
+
+
+def _places(model: Scored) -> dict[str, list[int]]:
+    """The places of each list's prompts; nothing where there is one list alone."""
+    found: dict[str, list[int]] = {}
+    for i, sample in enumerate(model.samples):
+        found.setdefault(sample.prompt.source, []).append(i)
+    return found if len(found) > 1 else {}
 
 
 # -- models compared ---------------------------------------------------------------------------------------------------
@@ -149,10 +179,31 @@ def _comparisons(models: list[Scored], seed: int) -> Iterator[Row]:
     yield from found
 
 
-def _paired(kind: str, measure: str, models: list[Scored], seed: int) -> Iterator[Row]:
-    """The comparison over the prompts for which all the models have a value; nothing where there is none."""
-    values = [m.values.get(measure, []) for m in models]
-    columns, clusters = _together(values, [s.prompt for s in models[0].samples])
+def _list_comparisons(models: list[Scored], outside: Collection[str], seed: int) -> Iterator[Row]:
+    """Students against the base for each prompt list: what was trained may cost what lies elsewhere."""
+    base = next((m for m in models if m.role == "base"), None)
+    found: list[Row] = []
+    for source, here in _places(models[0]).items() if base else ():
+        for student in (m for m in models if m.role == "student"):
+            assert base is not None
+            for measure in ("accepted", "correct"):
+                for row in _paired("difference", measure, [student, base], seed, here):
+                    unread = round(sum(student.values["unread"][i] or 0.0 for i in here))
+                    found.append({"list": source, "outside": source in outside, **row, "unread_a": unread})
+    _correct_for_many(found)
+    yield from found
+
+
+def _paired(
+    kind: str, measure: str, models: list[Scored], seed: int, here: Sequence[int] | None = None
+) -> Iterator[Row]:
+    """The comparison over the prompts for which all the models have a value; nothing where there is none. `here` are the
+    places of the prompts that it is about, or all."""
+    if any(measure not in m.values for m in models):
+        return
+    here = range(len(models[0].samples)) if here is None else here
+    values = [[m.values[measure][i] for i in here] for m in models]
+    columns, clusters = _together(values, [models[0].samples[i].prompt for i in here])
     if not clusters:
         return
     row: Row = {"measure": measure, "kind": kind, "a": models[0].name, "b": models[1].name}
@@ -175,7 +226,7 @@ def _paired(kind: str, measure: str, models: list[Scored], seed: int) -> Iterato
     if told is None:
         row["undefined"] = why
     if measure == "correct":
-        row["unread"] = round(sum(v or 0.0 for v in models[1].values["unread"]))
+        row["unread"] = round(sum(models[1].values["unread"][i] or 0.0 for i in here))
     yield row
 
 
@@ -183,7 +234,7 @@ def _together(values: list[Values], prompts: list[Prompt]) -> tuple[list[list[fl
     """One column for each model, of the prompts for which all are known, and the prompts' ids."""
     rows: list[list[float]] = []
     clusters = []
-    for *row, prompt in zip(*values, prompts, strict=False):
+    for *row, prompt in zip(*values, prompts, strict=True):
         known = [v for v in row if v is not None]
         if len(known) == len(values):
             rows.append(known)
@@ -207,10 +258,10 @@ def _calibration(student: Scored, base: Scored, seed: int) -> Iterator[Row]:
 
 
 def _correct_for_many(found: list[Row]) -> None:
-    """Holm's correction over the students, for each measure and kind."""
+    """Holm's correction over the students, for each measure and kind of comparison."""
 
     def family(row: Row) -> tuple[str, str]:
-        return row["measure"], row["kind"]
+        return row["measure"], row.get("kind", "")
 
     for _, rows in groupby(sorted((r for r in found if "p" in r), key=family), key=family):
         together = list(rows)

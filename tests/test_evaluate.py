@@ -73,6 +73,7 @@ def test_differences_and_retention_are_paired() -> None:
 
 def report(told: dict[str, Any]) -> list[str]:
     whole = {"status": "done", "evaluation": told["rows"], "comparisons": told["comparisons"]}
+    whole["list_comparisons"] = told["list_comparisons"]
     return findings({**whole, "training": [], "funnel": [], "pairs": None})
 
 
@@ -222,6 +223,43 @@ def test_prompt_lists_are_told_apart_where_there_are_several() -> None:
     assert told["near", "correct"] == (1, 5)
     assert told["far", "correct"] == (0.2, 5)
     assert summary([scored("base", texts(6))], seed=1)["lists"] == []
+
+
+def on_lists(role: str, near: list[str], far: list[str]) -> Scored:
+    both = [("near", text) for text in near] + [("far", text) for text in far]
+    samples = [sample(i, text) for i, (_, text) in enumerate(both)]
+    placed = [
+        msgspec.structs.replace(s, prompt=msgspec.structs.replace(s.prompt, source=source))
+        for s, (source, _) in zip(samples, both, strict=True)
+    ]
+    return Scored(role, role, placed, [Words(min=1)], ANSWER)
+
+
+FORGETTING = [
+    (texts(5), "some of what the base model could do there is forgotten."),
+    (texts(13), "no forgetting is shown, a loss of 15 points is not excluded."),
+    (
+        ["It is blue."] * 20,
+        "forgotten, or only no longer in the form asked for: 20 answers cannot be read.",
+    ),
+    (texts(20), "nothing was forgotten, and what was learned carries over."),
+]
+
+
+@pytest.mark.parametrize(("far", "verdict"), FORGETTING)
+def test_what_is_forgotten_elsewhere_is_told_where_the_interval_says_so(far: list[str], verdict: str) -> None:
+    """Of 20 prompts far from those trained on the base has 14 right; near them the student gains in any case."""
+    models = [on_lists("base", texts(2), texts(14)), on_lists("student", texts(18), far)]
+    told = summary(models, 1, outside=["far"])
+    (line,) = [
+        line for line in report(told) if line.startswith("On far, no prompt of which was trained on (20 prompts)")
+    ]
+    assert line.endswith(f": {verdict}")
+    difference = {(c["list"], c["measure"]): c for c in told["list_comparisons"]}["far", "correct"]
+    assert (difference["n"], difference["a"], difference["outside"]) == (20, "student", True)
+    assert not [line for line in report(summary(models, 1)) if line.startswith("On ")]  # both lists trained on
+    alone = [scored("base", texts(14)), scored("student", texts(5))]
+    assert summary(alone, 1, outside=["far"])["list_comparisons"] == []
 
 
 def test_style_without_capability_is_told() -> None:

@@ -147,6 +147,8 @@ def test_a_run_that_misses_what_is_required_is_complete_and_ends_with_its_own_co
     weights = base / "model.safetensors"
     assert (local["bytes"], local["parameters"] * 4 < weights.stat().st_size) == (weights.stat().st_size, True)
     assert local["tokens_per_second"] > 0
+    assert local["bytes"] < local["peak_memory"] < 4e9
+    assert "peak_memory" not in teacher | gold  # an endpoint's is not known; nothing was asked of the other
     shown = json.loads((tmp_path / "runs/tiny/report.json").read_text())["samples"][0]
     assert shown["answers"]["teacher"]["correct"] is True
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factory.audit import audit
+from factory.data_findings import length_predicts
 from factory.errors import RecipeError
-from factory.findings import length_predicts
 from factory.pair import PairUp, pair, unpaired
 from factory.rows import Message, Pair, Prompt, Sample, Unpaired, by_prompt
 from tests.sample_rows import answer, prompt

@@ -85,6 +85,9 @@ def run(where: Path, name: str, tiny: Tiny) -> tuple[Path, dict[str, Any]]:
         assert row["n"] > 0
     assert all(row.keys() >= FUNNEL for row in whole["funnel"])
     assert all(told["rows_trained"] > 0 and told["log"] for told in whole["training"])
+    cards = [card.read_text() for card in folder.glob("*/model/README.md")]
+    assert len(cards) == len(whole["training"])
+    assert all("vllm serve" in card for card in cards)
     return folder, whole
 
 

@@ -210,6 +210,14 @@ async def test_the_child_knows_no_key(teacher: TransformersTeacher) -> None:
     assert environment["PATH"] == os.environ["PATH"]
 
 
+async def test_its_peak_memory_is_the_childs_own(teacher: TransformersTeacher, folder: Path, tmp_path: Path) -> None:
+    """Not less than it holds now, not what its parent held when it was made; of one that was never asked, nothing."""
+    told = await teacher.memory()
+    assert told is not None
+    assert child_of(os.getpid()).memory_info().rss <= told < 2e9
+    assert await Transformers(model=str(folder)).open(tmp_path).memory() is None
+
+
 async def test_a_cancelled_request_harms_nobody(teacher: TransformersTeacher) -> None:
     gone = asyncio.create_task(teacher.send(ask("blue", max_tokens=30)))
     others = [asyncio.create_task(teacher.send(ask(text_of(i, 3)))) for i in range(3)]

@@ -83,6 +83,11 @@ class TransformersTeacher:
             raise EngineError(f"{self.entry.model}: {body.detail}")
         return msgspec.json.decode(body, type=Forced)
 
+    async def memory(self) -> int | None:
+        """The most bytes that the child has taken; None where nothing was asked of it."""
+        body = await self._ask({"op": "memory"}) if self._child is not None else Failure(reason="engine_died")
+        return None if isinstance(body, Failure) else int(msgspec.json.decode(body)["bytes"])
+
     async def close(self) -> None:
         child, self._child = self._child, None
         if child is not None and child.stdin is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from factory.child import die_with_parent, loading
+from factory.child import die_with_parent, loading, peak_memory
 from factory.errors import FactoryError
 from factory.rows import Request
 from factory.weights import Weights, materialise
@@ -33,6 +33,8 @@ def serve(engine: "Engine", inbox: Inbox) -> None:
         for message in _arrived(inbox, block=not (engine.rows or waiting)):
             if message["op"] == "force":
                 engine.tell(message["number"], engine.forced(message["messages"], message["completion"]))
+            elif message["op"] == "memory":
+                engine.tell(message["number"], {"bytes": peak_memory()})
             elif line := engine.line(message["number"], msgspec.convert(message["request"], Request)):
                 waiting.append(line)
         free = engine.batch_size - len(engine.rows)

@@ -7,6 +7,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,23 +68,29 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="session")
 def running(vllm_python: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    log = tmp_path_factory.mktemp("running") / "vllm.log"
+    with served(vllm_python, tiny, log, "--dtype", "float32", "--enforce-eager") as server:
+        yield server
+
+
+@contextmanager
+def served(python: str, model: Path, log: Path, *flags: str) -> Iterator[Running]:
+    """`vllm serve` on a free port, until it is healthy; ended with all that it has started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("running") / "vllm.log"
-    command = [vllm_python, "-c", LAUNCHER, "serve", str(tiny), "--host", "127.0.0.1", "--port", str(port)]
+    command = [python, "-c", LAUNCHER, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("wb") as out:
         server = subprocess.Popen(
-            [*command, "--dtype", "float32", "--enforce-eager"], env=server_environment(), stdout=out, stderr=out,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            command, env=server_environment(), stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + START_S
         while not healthy(port):
             assert server.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.5)
-        yield Running(f"http://127.0.0.1:{port}/v1", str(tiny))
+        yield Running(f"http://127.0.0.1:{port}/v1", str(model))
     finally:
         for which in (signal.SIGTERM, signal.SIGKILL):
             if in_session(server.pid):

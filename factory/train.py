@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -86,7 +86,8 @@ NUMBERS = {
 class Train(Knobs):
     """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's.
 
-    `teacher`, for gkd and gold, is a local model whose distributions are learned.
+    `teacher`, for gkd and gold, is a local model whose distributions are learned. `weights`, for sft, are those of tags:
+    a row counts as if it stood there so many times.
     """
 
     kind: Literal["train"] = "train"
@@ -95,8 +96,15 @@ class Train(Knobs):
     teacher: str | None = None
     as_: str = Field("student", alias="as")
     from_: str | list[str] | None = Field(None, alias="from")
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     args: dict[str, Any] = {}
     lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _weights_where_they_count(self) -> Self:
+        if self.weights and self.method != "sft":
+            raise ValueError(f"weights: {self.method} counts all rows alike; they are for sft")
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_one_teaches(self) -> Self:
@@ -164,6 +172,7 @@ def train(
         "method": knobs.method, "weights": weights_entry.alone(), "teacher": teacher.alone() if teacher else None,
         "cache": str(cache.resolve()), "rows": str(rows.resolve()),
         "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
+        "weights_of_tags": knobs.weights,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))

@@ -91,6 +91,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     shutil.copytree(folder, place / "padded")
     padded.save_pretrained(place / "padded")
     rows = [sft_row(i) for i in range(8)]
+    weighted = [row | {"weight": 0.5} for row in rows]
     template = {"chat_template_path": str(place / "template.jinja")}
     pairs = [pair(i) for i in range(8)]
     big = tiny_model(place / "big", hidden=128, seed=5)
@@ -99,12 +100,12 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "kto": Ran(place / "kto", folder, pairs, method="kto", args=SMALL),
         "orpo": Ran(place / "orpo", folder, pairs, method="orpo", args=SMALL),
         "simpo": Ran(place / "simpo", folder, pairs, method="simpo", args=SMALL),
-        "gkd": Ran(place / "gkd", folder, rows, big, method="gkd", args=SMALL | {"max_new_tokens": 8}),
+        "gkd": Ran(place / "gkd", folder, weighted, big, method="gkd", args=SMALL | {"max_new_tokens": 8}),
         "gold": Ran(place / "gold", folder, rows, foreign, method="gold", args=SMALL | {"max_completion_length": 8}),
         "gkd, another vocabulary": Ran(place / "other", folder, rows, foreign, method="gkd", args=SMALL),
         "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
         "dpo": Ran(place / "dpo", folder, pairs, method="dpo", args=SMALL),
-        "lora": Ran(place / "lora", bare, [row | {"weight": 0.5} for row in rows], method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
+        "lora": Ran(place / "lora", bare, weighted, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
         "rising": Ran(place / "rising", folder, rows, method="sft", args=SMALL | {"learning_rate": 1e9, "num_train_epochs": 20}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
@@ -170,9 +171,9 @@ def test_a_student_is_a_plain_folder_that_ends_its_answers(ran: Any, folder: Pat
             assert changed == before.keys()
 
 
-def test_it_is_told_that_weights_are_not_used(ran: Any) -> None:
-    _, result = ran["lora"]
-    assert result.result()["notes"] == ["the rows have weights, which this trainer does not use: all rows count alike"]
+def test_it_is_told_where_weights_are_not_used(ran: Any) -> None:
+    assert ran["gkd"][1].result()["notes"] == ["the rows have weights, which sft alone uses: all rows count alike"]
+    assert ran["lora"][1].result()["notes"] == []
     assert ran["dpo"][1].result()["notes"] == []
 
 

@@ -51,9 +51,11 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
-    if any(row.get("weight", 1.0) != 1.0 for row in kept):
-        notes.append("the rows have weights, which this trainer does not use: all rows count alike")
-    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
+    kept, unweighed = counted(kept, job["weights_of_tags"])
+    aside += unweighed
+    if job["method"] != "sft" and any(row.get("weight", 1.0) != 1.0 for row in kept):
+        notes.append("the rows have weights, which sft alone uses: all rows count alike")
+    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu), job["weights_of_tags"])
     trainer = TRAINERS[job["method"]](setup)
     wanted = sum(2 if job["method"] == "kto" and "chosen" in row else 1 for row in kept)
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
@@ -81,6 +83,19 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(facts, indent=2))
+
+
+def counted(rows: list[dict[str, Any]], classes: dict[str, float]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows that count at all, and those of weight 0 as {id, reason}; raises `Refused` for weights of tags that no row has."""
+    tags = {tag for row in rows for tag in row.get("tags", [])}
+    if unknown := sorted(classes.keys() - tags):
+        raise Refused(f"weights: no row has the tag {unknown[0]!r}; they have {', '.join(sorted(tags)) or 'none'}")
+    none = {tag for tag, weight in classes.items() if weight == 0}
+    counts = [row.get("weight", 1.0) != 0 and none.isdisjoint(row.get("tags", [])) for row in rows]
+    kept = [row for row, one in zip(rows, counts, strict=True) if one]
+    if not kept:
+        raise Refused("weights: every row has a weight of 0, so nothing would be learned")
+    return kept, [{"id": row["id"], "reason": "no_weight"} for row, one in zip(rows, counts, strict=True) if not one]
 
 
 def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[Any, Any]:

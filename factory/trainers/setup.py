@@ -10,7 +10,8 @@ LOOKED_AT = 50
 
 
 class Setup(NamedTuple):
-    """A training before its trainer: `rows` passed the preflight, `args` are TRL's, `teacher` a local model or None."""
+    """A training before its trainer: `rows` passed the preflight, `args` are TRL's, `teacher` a local model or None,
+    `classes` the weights of tags."""
 
     model: Any
     tokenizer: Any
@@ -19,6 +20,7 @@ class Setup(NamedTuple):
     peft: Any
     callback: Any
     teacher: Any = None
+    classes: dict[str, float] = {}
 
     @property
     def first_rows(self) -> list[dict[str, Any]]:

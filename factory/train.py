@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -83,11 +83,16 @@ NUMBERS = {
 """Arguments that people set by hand most: what is wrong with them is told before anything is asked."""
 
 
+Weight: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Train(Knobs):
     """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's.
 
     `teacher`, for gkd and gold, is a local model whose distributions are learned. `weights`, for sft, are those of tags:
-    a row counts as if it stood there so many times.
+    a row counts as if it stood there so many times. `order` trains the rows in the order of a score, of their `length`, or
+    as `given`, instead of shuffling them; the lowest first, or with `-` before it the highest. Weights in `from` are those of
+    the inputs' own mean losses.
     """
 
     kind: Literal["train"] = "train"
@@ -95,15 +100,28 @@ class Train(Knobs):
     student: str
     teacher: str | None = None
     as_: str = Field("student", alias="as")
-    from_: str | list[str] | None = Field(None, alias="from")
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    from_: str | list[str] | dict[str, Weight] | None = Field(None, alias="from")
+    weights: dict[str, Weight] = {}
+    order: str | None = Field(None, min_length=1)
     args: dict[str, Any] = {}
     lora: Lora | None = None
 
     @model_validator(mode="after")
     def _weights_where_they_count(self) -> Self:
-        if self.weights and self.method != "sft":
-            raise ValueError(f"weights: {self.method} counts all rows alike; they are for sft")
+        for key, there in (("weights", self.weights), ("from", isinstance(self.from_, dict))):
+            if there and self.method != "sft":
+                raise ValueError(f"{key}: {self.method} counts all rows alike; weights are for sft")
+        return self
+
+    @model_validator(mode="after")
+    def _order_that_is_kept(self) -> Self:
+        if self.order is None:
+            return self
+        if self.method == "gold":
+            raise ValueError("order: gold draws its batches by itself; remove order:")
+        for name in ("packing", "shuffle_dataset", "train_sampling_strategy"):
+            if self.args.get(name):
+                raise ValueError(f"order: args.{name} puts rows into an order of its own; remove one of the two")
         return self
 
     @model_validator(mode="after")
@@ -172,7 +190,7 @@ def train(
         "method": knobs.method, "weights": weights_entry.alone(), "teacher": teacher.alone() if teacher else None,
         "cache": str(cache.resolve()), "rows": str(rows.resolve()),
         "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
-        "weights_of_tags": knobs.weights,
+        "weights_of_tags": knobs.weights, "order": knobs.order,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))

@@ -1,6 +1,8 @@
 """What rows count in training: tasks by the mean of their own tokens, whatever stands in which batch."""
 
 import io
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from factory.train import Train
-from tests.planted import Row, sft_row
+from tests.planted import Row, pair, sft_row
 from tests.test_train import Ran
 from tests.tiny import tiny_model
 
@@ -186,7 +188,7 @@ def test_with_no_weight_on_the_rationale_the_student_is_that_of_the_labels(folde
 
 
 def test_a_weight_for_a_tag_that_no_row_has_is_refused() -> None:
-    from factory.trainers.job import counted
+    from factory.trainers.lineup import counted
     from factory.trainers.preflight import Refused
 
     rows = [sft_row(0) | {"tags": ["maths"]}, sft_row(1)]
@@ -201,3 +203,161 @@ def test_a_weight_for_a_tag_that_no_row_has_is_refused() -> None:
 def test_weights_of_tags_are_for_sft() -> None:
     with pytest.raises(ValueError, match="weights: dpo counts all rows alike"):
         Train.model_validate({"method": "dpo", "student": "base", "weights": {"rare": 2}})
+
+
+# -- order -------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_train_in_the_order_of_a_score(folder: Path, tmp_path: Path) -> None:
+    """What each step's loss was tells which row it saw."""
+    rows = [
+        sft_row(i, answer) | {"scores": {"ease": ease} if ease is not None else {}}
+        for i, (answer, ease) in enumerate(zip(ANSWERS["rationale"] + ["Yes."], [0.2, 0.9, None, 0.9], strict=True))
+    ]
+    args = {"per_device_train_batch_size": 1, "learning_rate": 0.0, "num_train_epochs": 2, "max_length": 128}
+    told = Ran(tmp_path / "out", folder, rows, method="sft", order="-ease", args=args).run()
+    each = [float(loss.detach()) / count for loss, count in losses(folder, rows)[0]]
+    assert [entry["loss"] for entry in told["log"]] == pytest.approx([each[i] for i in (1, 3, 0, 2)] * 2, rel=1e-4)
+    assert told["notes"] == ["order: 1 of 4 rows have no 'ease'; they come last"]
+
+
+ORDERS = [
+    ("given", "0123"), ("-given", "3210"), ("length", "2031"), ("-length", "1302"), ("ease", "3012"), ("-ease", "2013"),
+    ("margin", "1032"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("order", "first"), ORDERS)
+def test_an_order_is_of_a_score_of_length_or_as_given(folder: Path, order: str, first: str) -> None:
+    from transformers import AutoTokenizer
+
+    from factory.trainers.lineup import in_order
+
+    rows = [
+        sft_row(i, answer) | {"id": str(i), "scores": {"ease": ease}, "margin": margin}
+        for i, (answer, ease, margin) in enumerate(
+            [
+                ("Yes, it is.", 1, 0.2),
+                ("Yes, it is so, and it is so.", 1, 0.1),
+                ("A", 2, 0.9),
+                ("Yes, it is so.", -1, 0.5),
+            ]
+        )
+    ]
+    made, notes = in_order(rows, order, AutoTokenizer.from_pretrained(folder))
+    assert ("".join(row["id"] for row in made), notes) == (first, [])
+
+
+def test_an_order_by_what_no_row_has_is_refused() -> None:
+    from factory.trainers.lineup import in_order
+    from factory.trainers.preflight import Refused
+
+    with pytest.raises(Refused, match="order: no row has the score 'easy'; they have ease"):
+        in_order([sft_row(0) | {"scores": {"ease": 1.0}}], "-easy", None)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo", "simpo"])
+def test_an_ordered_trainer_does_not_shuffle(folder: Path, tmp_path: Path, method: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from factory.trainers.job import TRAINERS, _defaults
+    from factory.trainers.setup import Setup
+    from factory.trainers.watch import Watch
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rows = [sft_row(i) if method == "sft" else pair(i) for i in range(8)]
+    args = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "output_dir": str(tmp_path)}
+    given = _defaults(on_gpu=False) | args
+    trainer = TRAINERS[method](Setup(model, tokenizer, rows, given, None, Watch(io.StringIO())))
+    column = "prompt_input_ids" if method in ("orpo", "simpo") else "input_ids"
+    seen = [int(digits[-1]) for batch in trainer.get_train_dataloader()
+            for text in tokenizer.batch_decode(batch["KL_completion_ids" if column not in batch else column])
+            if (digits := re.findall(r"number (\d+)", text))]  # fmt: skip
+    assert list(dict.fromkeys(seen)) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"method": "gold", "teacher": "big"}, "gold draws its batches by itself"),
+        ({"method": "sft", "args": {"packing": True}}, "args.packing puts rows into an order of its own"),
+        ({"method": "sft", "args": {"train_sampling_strategy": "group_by_length"}}, "an order of its own"),
+    ],
+)
+def test_two_orders_are_one_too_many(knobs: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Train.model_validate({"student": "base", "order": "length"} | knobs)
+
+
+# -- unions ------------------------------------------------------------------------------------------------------------------
+
+UNION = """
+name: union
+models:
+  base: {type: transformers, model: BASE}
+prompts:
+  - {path: a.jsonl, name: a}
+  - {path: b.jsonl, name: b}
+stages:
+  - filter: {from: a, as: rows_a, filters: [finished]}
+  - filter: {from: b, as: rows_b, filters: [finished]}
+  - train: {method: sft, student: base, from: {rows_a: 2, rows_b: 0.5}, args: ARGS}
+"""
+STILL = "{learning_rate: 0.0, num_train_epochs: 1, per_device_train_batch_size: 2, max_length: 128}"
+
+
+def union(where: Path, base: Path) -> Path:
+    for name, answers in (("a", ANSWERS["label"]), ("b", ANSWERS["rationale"])):
+        lines = [{"prompt": f"What is {name} number {i}?", "completion": answer} for i, answer in enumerate(answers)]
+        (where / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (where / "recipe.yaml").write_text(UNION.replace("BASE", str(base)).replace("ARGS", STILL))
+    return where / "recipe.yaml"
+
+
+def test_inputs_of_a_union_count_by_their_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import factory
+
+    monkeypatch.chdir(tmp_path)
+    union(tmp_path, folder)
+    factory.run_recipe(factory.load(Path("recipe.yaml")), Path("runs"))
+    (out,) = (tmp_path / "runs/union").glob("*-student-*")
+    log = json.loads((out / "training.json").read_text())["log"]
+    rows = [json.loads(line) | {"task": line[0]} for line in (out / "rows.jsonl").read_text().splitlines()]
+    means = {
+        name: mean_of(folder, [row | {"task": row["input"]} for row in rows], name) for name in ("rows_a", "rows_b")
+    }
+    mean = sum(entry["loss"] for entry in log) / len(log)
+    assert mean == pytest.approx(2 * means["rows_a"] + 0.5 * means["rows_b"], rel=1e-4)
+    assert {name for entry in log for name in entry if "/" in name} == {"loss/rows_a/answer", "loss/rows_b/answer"}
+
+
+def test_weights_of_a_union_name_the_step(folder: Path, tmp_path: Path) -> None:
+    """Other weights are another training; without any, they do not stand in its name."""
+    from factory.plan import plan
+    from factory.recipe import load
+
+    path = union(tmp_path, folder)
+    assert [step.knobs.kind for step in plan(load(path))] == ["given", "filter", "given", "filter", "shape", "shape", "train"]  # fmt: skip
+    path.write_text(path.read_text().replace("{rows_a: 2, rows_b: 0.5}", "[rows_a, rows_b]"))
+    assert [step.knobs.kind for step in plan(load(path))] == ["given", "filter", "given", "filter", "shape", "train"]
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("{rows_a: 2, b: 1}", "weights are for the rows of earlier stages, not for prompt lists"),
+        ("{rows_a: 2, rows_c: 1}", "there is no prompt list or earlier stage 'rows_c'; did you mean 'rows_b'"),
+        ("{rows_a: -1}", "from"),
+    ],
+)
+def test_what_is_wrong_in_a_union_is_told(folder: Path, tmp_path: Path, written: str, told: str) -> None:
+    from factory.errors import RecipeError
+    from factory.plan import plan
+    from factory.recipe import load
+
+    path = union(tmp_path, folder)
+    path.write_text(path.read_text().replace("{rows_a: 2, rows_b: 0.5}", written))
+    with pytest.raises(RecipeError, match=told):
+        plan(load(path))

@@ -14,6 +14,7 @@ from factory.errors import FactoryError
 from factory.rows import kind_of
 from factory.train import REFUSED
 from factory.trainers.distill import gkd, gold
+from factory.trainers.lineup import counted, in_order
 from factory.trainers.preference import dpo, kto, orpo, simpo
 from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
 from factory.trainers.setup import Setup
@@ -53,6 +54,9 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
     kept, unweighed = counted(kept, job["weights_of_tags"])
     aside += unweighed
+    if job["order"]:
+        kept, told_of_order = in_order(kept, job["order"], tokenizer)
+        args["train_sampling_strategy"], notes = "sequential", notes + told_of_order
     if job["method"] != "sft" and any(row.get("weight", 1.0) != 1.0 for row in kept):
         notes.append("the rows have weights, which sft alone uses: all rows count alike")
     setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu), job["weights_of_tags"])
@@ -83,19 +87,6 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(facts, indent=2))
-
-
-def counted(rows: list[dict[str, Any]], classes: dict[str, float]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows that count at all, and those of weight 0 as {id, reason}; raises `Refused` for weights of tags that no row has."""
-    tags = {tag for row in rows for tag in row.get("tags", [])}
-    if unknown := sorted(classes.keys() - tags):
-        raise Refused(f"weights: no row has the tag {unknown[0]!r}; they have {', '.join(sorted(tags)) or 'none'}")
-    none = {tag for tag, weight in classes.items() if weight == 0}
-    counts = [row.get("weight", 1.0) != 0 and none.isdisjoint(row.get("tags", [])) for row in rows]
-    kept = [row for row, one in zip(rows, counts, strict=True) if one]
-    if not kept:
-        raise Refused("weights: every row has a weight of 0, so nothing would be learned")
-    return kept, [{"id": row["id"], "reason": "no_weight"} for row, one in zip(rows, counts, strict=True) if not one]
 
 
 def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[Any, Any]:

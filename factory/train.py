@@ -9,9 +9,9 @@ import difflib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,8 @@ from pydantic import Field, model_validator
 from factory.child import child_environment
 from factory.errors import DiskError, EngineError, RecipeError
 from factory.knobs import Knobs
+from factory.launch import Parallel, command
+from factory.progress import say
 from factory.weights import Weights
 
 OURS = {"output_dir"}
@@ -105,6 +107,15 @@ class Train(Knobs):
     order: str | None = Field(None, min_length=1)
     args: dict[str, Any] = {}
     lora: Lora | None = None
+    parallel: Parallel | None = None
+
+    @model_validator(mode="after")
+    def _whole_weights_under_adapters(self) -> Self:
+        if self.lora is not None and self.parallel is not None and self.parallel.by != "ddp":
+            raise ValueError(
+                f"parallel: adapters are merged into whole weights, {self.parallel.by} shares them; use by: ddp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_where_they_count(self) -> Self:
@@ -195,10 +206,13 @@ def train(
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))
     log = out / "train.log"
+    started = [*command(knobs.parallel, out), str((out / "job.json").resolve())]
+    if len(started) > 4:  # several processes
+        say(f"  {shlex.join(started)}")
     with (
         log.open("wb") as stderr,
         subprocess.Popen(
-            [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             env=child_environment() | _trackers() | SILENCE, start_new_session=True,
         ) as child,
     ):  # fmt: skip
@@ -222,25 +236,6 @@ def train(
     shutil.rmtree(checkpoints, ignore_errors=True)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
-
-
-def _launcher() -> list[str]:
-    """One process; one per GPU through `accelerate launch` where several are visible."""
-    gpus = _gpus()
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(gpus)] if gpus > 1 else []
-    return [sys.executable, *launch, "-m", "factory.trainers.job"]
-
-
-def _gpus() -> int:
-    """GPUs that a child would see, without loading torch here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return 0
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 SILENCE = {"TRL_EXPERIMENTAL_SILENCE": "1"}

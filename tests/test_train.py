@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from factory import launch
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
 from factory.train import Train, check_args
@@ -512,11 +513,13 @@ def test_known_arguments_are_those_of_the_installed_trl(method: str, monkeypatch
 
 
 @pytest.mark.parametrize(("visible", "processes"), [("0,1", 2), ("2, 5,7", 3), ("0", 1), ("", 1), ("-1", 1)])
-def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, visible: str, processes: int) -> None:
+def test_several_gpus_go_through_accelerate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str, processes: int
+) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    python, *command = stage._launcher()
+    python, *command = launch.command(None, tmp_path)
     assert python == sys.executable
     if processes == 1:
         assert command == ["-m", "factory.trainers.job"]
@@ -530,11 +533,11 @@ def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, vis
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert stage._launcher() == [sys.executable, "-m", "factory.trainers.job"]
+    assert launch.command(None, tmp_path) == [sys.executable, "-m", "factory.trainers.job"]
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
     tool.chmod(0o755)
-    assert "--num_processes 2" in " ".join(stage._launcher())
+    assert "--num_processes 2" in " ".join(launch.command(None, tmp_path))
 
 
 def test_trackers_keep_their_settings_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

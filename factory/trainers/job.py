@@ -59,7 +59,17 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
         args["train_sampling_strategy"], notes = "sequential", notes + told_of_order
     if job["method"] != "sft" and any(row.get("weight", 1.0) != 1.0 for row in kept):
         notes.append("the rows have weights, which sft alone uses: all rows count alike")
-    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu), job["weights_of_tags"])
+    setup = Setup(
+        model,
+        tokenizer,
+        kept,
+        args,
+        peft,
+        Watch(told),
+        _teacher(job, on_gpu),
+        job["weights_of_tags"],
+        Path(job["cache"]),
+    )
     trainer = TRAINERS[job["method"]](setup)
     wanted = sum(2 if job["method"] == "kto" and "chosen" in row else 1 for row in kept)
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
@@ -69,20 +79,22 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     if first:
         (out / "set_aside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aside))
         (out / "preview.json").write_text(json.dumps(preview(kept, tokenizer)))
-    started = time.monotonic()
+    started, computed = time.monotonic(), time.process_time()
     checkpoint = last_checkpoint(Path(job["checkpoints"]))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - computed
+    shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes give their part
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shared else None
     if not first:
         return
-    _save(trainer, tokenizer, out, lora=job["lora"] is not None)
+    _save(trainer, tokenizer, out, weights, lora=job["lora"] is not None)
     history = trainer.state.log_history
     tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
         "rows_set_aside": Counter(kind_of(row["reason"]) for row in aside), "tokens": tokens,
         "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
-        "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
         "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
@@ -165,7 +177,7 @@ def peft_of(lora: dict[str, Any] | None) -> Any:
     )
 
 
-def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:
+def _save(trainer: Any, tokenizer: Any, out: Path, weights: Any, lora: bool) -> None:
     """A plain folder that transformers and vLLM load, whose answers end by themselves; the adapter beside it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if lora:
@@ -175,7 +187,7 @@ def _save(trainer: Any, tokenizer: Any, out: Path, lora: bool) -> None:
     all_ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(all_ends) if len(all_ends) > 1 else tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out / "model")
+    model.save_pretrained(out / "model", state_dict=weights)
     tokenizer.save_pretrained(out / "model")
 
 

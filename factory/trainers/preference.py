@@ -23,10 +23,14 @@ def dpo(s: Setup) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     data = Dataset.from_list([{name: row[name] for name in ("prompt", *SIDES)} for row in s.rows])
-    if s.args.get("precompute_ref_log_probs") and s.kept is not None:
+    args = s.args
+    if args.get("precompute_ref_log_probs") and s.kept is not None:
         data = _on_disk(data, s.rows, s.kept / "reference")
+        args = args | {
+            "max_length": None
+        }  # the preflight kept it; TRL's own look at it would put all args into the name
     trainer = DPOTrainer(
-        model=s.model, args=DPOConfig(**s.args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
+        model=s.model, args=DPOConfig(**args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
         callbacks=[s.callback],
     )  # fmt: skip
     made = trainer.train_dataset.select(range(len(s.first_rows)))

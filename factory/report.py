@@ -132,11 +132,13 @@ def _training(folder: StageFolder, manifest: dict[str, Any]) -> dict[str, Any]:
     """`training.json` as the trainer wrote it, and the curve found in it."""
     path = folder.path / "training.json"
     told = _json(path) if path.is_file() else {}
+    curve = _curve(told)
     return {
         "student": manifest.get("student"),
         "method": manifest.get("method"),
         **told,
-        "curve": _curve(told),
+        "curve": curve,
+        "tasks": sorted({name for point in curve for name in point if name.startswith("loss/")}),
         "stage": _title(manifest),
     }
 

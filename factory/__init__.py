@@ -21,7 +21,7 @@ The map, in the order that data flows (a file imports only from files above it):
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
     audit                    what preference rows would teach besides quality
     dataset                  training files and card
-    train, trainers/         stage `train`; seam 4: how the student learns
+    launch, train, trainers/ how trainers start; stage `train`; seam 4: how the student learns
     model_card               how a student was made, and how it is served
     stats, measures          intervals and tests; what is measured of answers
     win_rate, harness        a judge compares two models' answers; tasks of lm_eval

@@ -132,12 +132,10 @@ def _of_step(
             yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")
         case PairUp() as knobs:
             yield from _paired(knobs, before)
-        case Train():
+        case Train() as knobs if knobs.method != "sft":
             shapes = [steps[number - 1].knobs for number in step.reads]
             if any(isinstance(one, Shape) and set(one.weights.values()) != {1.0} for one in shapes):
-                text = (
-                    "the trainer counts all rows alike; the weights of `shape` stand in the data set for other trainers"
-                )
+                text = f"{knobs.method} counts all rows alike; the weights of `shape` are for sft"
                 yield Finding((), text, fatal=False)
 
 

@@ -28,7 +28,7 @@ from factory.train import Train
 
 VERSIONS = {
     "prompts": 1, "generate": 1, "given": 3, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 3,
-    "pair": 3, "train": 1, "evaluate": 2,
+    "pair": 3, "train": 2, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -46,6 +46,8 @@ class Naming:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
         names = {"from_"} if isinstance(step.knobs, Judge | Score) else {"from_", "as_"}  # the name of a score
+        if isinstance(step.knobs, Train) and isinstance(step.knobs.from_, dict):
+            names.remove("from_")  # it has weights
         names |= {"require"} if isinstance(step.knobs, Evaluate) else set()  # limits change nothing that is measured
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),

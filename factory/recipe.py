@@ -253,7 +253,7 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
         for field, name in _models_named(stage):
             if name not in models | lost:
                 yield (*at, field), f"there is no model {name!r}; {nearest(name, models | lost)}"
-        sources = stage.from_ if isinstance(stage.from_, list) else [stage.from_] if stage.from_ else []
+        sources = [stage.from_] if isinstance(stage.from_, str) else stage.from_ or []
         for name in sources:
             if name not in sets | stages | lost and ("prompts",) not in made.lost:
                 yield (
@@ -335,6 +335,11 @@ def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
             yield ("by",), by
         case PairUp(score=str(score)):
             yield ("score",), score
+        case Train(method="sft" | "gkd", order=str(order)) if (name := order.removeprefix("-")) not in (
+            "given",
+            "length",
+        ):
+            yield ("order",), name
         case Curate():
             ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
             yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)

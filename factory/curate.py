@@ -104,17 +104,39 @@ def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
 
 
 def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
-    judges = [_judge(one, partial(_survivors, filters[:i], read)) for i, one in enumerate(filters)]
+    steps: list[list[RowFilter] | Judge] = []  # neighbouring row filters look at a sample one after another
+    for i, one in enumerate(filters):
+        if not isinstance(one, RowFilter):
+            steps.append(_judge(one, partial(_survivors, filters[:i], read)))
+        elif steps and isinstance(steps[-1], list):
+            steps[-1].append(one)
+        else:
+            steps.append([one])
     for group in read():
         samples, alive = list(group), list(range(len(group)))
-        for judge in judges:
-            verdicts = judge([samples[i] for i in alive])
+        for step in steps:
+            if not alive:
+                break
+            if isinstance(step, list):
+                alive = [i for i in alive if _passes(step, samples, i)]
+                continue
+            verdicts = step([samples[i] for i in alive])
             for i, verdict in zip(alive, verdicts, strict=True):
                 if not verdict.keep or verdict.score is not None:
                     samples[i] = samples[i].judged(verdict)
-            if not (alive := [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]):
-                break
+            alive = [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]
         yield samples
+
+
+def _passes(filters: list[RowFilter], samples: list[Sample], i: int) -> bool:
+    """Whether all of them keep a sample; what they have to tell is put down with it."""
+    for one in filters:
+        verdict = checked(one, samples[i])
+        if not verdict.keep or verdict.score is not None:
+            samples[i] = samples[i].judged(verdict)
+        if not verdict.keep:
+            return False
+    return True
 
 
 def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
@@ -125,9 +147,7 @@ def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
 
 
 def _judge(one: Any, look: Look) -> Judge:
-    """Any filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
-    if isinstance(one, RowFilter):
-        return lambda samples: [checked(one, sample) for sample in samples]
+    """A filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
     if isinstance(one, GroupFilter):
         return lambda samples: _all_checked(one.kind, one.check_group, samples)
     assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from factory.filters.said import words
 from factory.filters.shapes import Kit, RowFilter
 from factory.rows import Sample, Verdict
 
@@ -59,7 +60,7 @@ class Words(Count):
     kind: Literal["words"] = "words"
 
     def check(self, sample: Sample) -> Verdict:
-        return self.within(len(sample.response.split()))
+        return self.within(len(words(sample.response)))
 
 
 class Tokens(Count):
@@ -85,5 +86,5 @@ class Ratio(Bounds):
     kind: Literal["ratio"] = "ratio"
 
     def check(self, sample: Sample) -> Verdict:
-        asked = max(len(sample.prompt.text.split()), 1)
-        return self.within(round(len(sample.response.split()) / asked, 2))
+        asked = max(len(words(sample.prompt.text)), 1)
+        return self.within(round(len(words(sample.response)) / asked, 2))

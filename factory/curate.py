@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from factory.errors import FactoryError
 from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
 from factory.filters.threshold import Threshold
 from factory.knobs import Knobs
@@ -153,6 +154,8 @@ def _judge(one: Any, look: Look) -> Judge:
     assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"
     try:
         judge = one.start(look)
+    except FactoryError:  # says what to do, and no row is to blame
+        raise
     except Exception as e:
         broken = _broken(one.kind, e)
         return lambda samples: [broken for _ in samples]

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from factory.errors import FactoryError
 from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.isolated import together
 from factory.filters.threshold import Threshold
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
@@ -104,33 +105,42 @@ def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
     return next((verdict for verdict in verdicts if not verdict.keep), None)
 
 
+Group: TypeAlias = tuple[list[Sample], list[int]]
+"""The samples of one prompt, with what was said of them, and the places of those that all filters so far have kept."""
+
+
 def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
-    steps: list[list[RowFilter] | Judge] = []  # neighbouring row filters look at a sample one after another
+    groups: Iterator[Group] = ((list(group), list(range(len(group)))) for group in read())
+    for step in _steps(filters, read):
+        groups = step(groups)
+    return (samples for samples, _ in groups)
+
+
+def _steps(filters: Sequence[Any], read: Look) -> list[Callable[[Iterator[Group]], Iterator[Group]]]:
+    """The filters as steps that groups go through one after another; neighbouring row filters are one step."""
+    steps: list[Callable[[Iterator[Group]], Iterator[Group]]] = []
+    rows: list[RowFilter] = []
     for i, one in enumerate(filters):
-        if not isinstance(one, RowFilter):
-            steps.append(_judge(one, partial(_survivors, filters[:i], read)))
-        elif steps and isinstance(steps[-1], list):
-            steps[-1].append(one)
+        if isinstance(one, RowFilter) and not one.apart:
+            rows.append(one)
+            continue
+        if rows:
+            steps.append(partial(map, partial(_passed, rows)))
+            rows = []
+        if isinstance(one, RowFilter):
+            steps.append(partial(together, partial(_passed, [one])))
         else:
-            steps.append([one])
-    for group in read():
-        samples, alive = list(group), list(range(len(group)))
-        for step in steps:
-            if not alive:
-                break
-            if isinstance(step, list):
-                alive = [i for i in alive if _passes(step, samples, i)]
-                continue
-            verdicts = step([samples[i] for i in alive])
-            for i, verdict in zip(alive, verdicts, strict=True):
-                if not verdict.keep or verdict.score is not None:
-                    samples[i] = samples[i].judged(verdict)
-            alive = [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]
-        yield samples
+            steps.append(partial(map, partial(_heard, _judge(one, partial(_survivors, filters[:i], read)))))
+    return [*steps, partial(map, partial(_passed, rows))]
+
+
+def _passed(filters: list[RowFilter], group: Group) -> Group:
+    """The group after row filters; what they have to tell of a sample is put down with it."""
+    samples, alive = group
+    return samples, [i for i in alive if _passes(filters, samples, i)]
 
 
 def _passes(filters: list[RowFilter], samples: list[Sample], i: int) -> bool:
-    """Whether all of them keep a sample; what they have to tell is put down with it."""
     for one in filters:
         verdict = checked(one, samples[i])
         if not verdict.keep or verdict.score is not None:
@@ -138,6 +148,18 @@ def _passes(filters: list[RowFilter], samples: list[Sample], i: int) -> bool:
         if not verdict.keep:
             return False
     return True
+
+
+def _heard(judge: Judge, group: Group) -> Group:
+    """The group after a filter that compares samples."""
+    samples, alive = group
+    if not alive:
+        return group
+    verdicts = judge([samples[i] for i in alive])
+    for i, verdict in zip(alive, verdicts, strict=True):
+        if not verdict.keep or verdict.score is not None:
+            samples[i] = samples[i].judged(verdict)
+    return samples, [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]
 
 
 def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:

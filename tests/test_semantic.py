@@ -15,7 +15,20 @@ from tests.command import folder, funnel, read_jsonl, told, typed
 from tests.sample_rows import answer, answers, ends, prompt
 from tests.tiny import reward_model, tiny_model
 
-WORDS = "river stone garden winter lamp copper music paper morning window bridge forest".split()
+WORDS = [
+    "river",
+    "stone",
+    "garden",
+    "winter",
+    "lamp",
+    "copper",
+    "music",
+    "paper",
+    "morning",
+    "window",
+    "bridge",
+    "forest",
+]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +95,8 @@ def test_it_drops_what_a_plain_comparison_with_all_that_stay_drops(weights: Path
     unlike = [i for i, (one, other) in enumerate(zip(got, expected, strict=True)) if one != other]
     # a sum in another order may differ in the last digit that counts
     assert all(
-        got[i] and expected[i] and got[i][0] == expected[i][0] and abs(got[i][1] - expected[i][1]) < 2e-4 for i in unlike
+        got[i] and expected[i] and got[i][0] == expected[i][0] and abs(got[i][1] - expected[i][1]) < 2e-4
+        for i in unlike
     )
     assert len(unlike) < 10
 
@@ -119,7 +133,9 @@ stages:
 
 def test_a_recipe_names_its_encoder_and_other_weights_make_the_step_run_again(weights: Path, tmp_path: Path) -> None:
     where = folder(tmp_path, RECIPE)
-    (where / "rows.jsonl").write_text('{"q": "1", "a": "A lamp."}\n{"q": "2", "a": "A lamp."}\n{"q": "3", "a": "Rain"}\n')
+    (where / "rows.jsonl").write_text(
+        '{"q": "1", "a": "A lamp."}\n{"q": "2", "a": "A lamp."}\n{"q": "3", "a": "Rain"}\n'
+    )
     (where / "encoder").symlink_to(weights / "bert")
     told(typed(where, "run", "recipe.yaml"), 0)
     assert funnel(where)["filter"][:3] == (3, 2, 1)

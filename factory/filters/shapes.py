@@ -56,6 +56,11 @@ class Shape(Knobs):
 class RowFilter(Shape):
     """Looks at one sample at a time."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether a check waits for a process of its own: then several go on at once."""
+        return False
+
     def check(self, sample: Sample) -> Verdict:
         raise NotImplementedError
 

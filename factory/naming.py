@@ -11,6 +11,7 @@ from factory.canaries import FILE as CANARIES
 from factory.curate import Curate
 from factory.evaluate import Evaluate
 from factory.filters.rules import Tokens
+from factory.filters.semantic import SemanticDuplicates
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.models import Models
@@ -93,7 +94,8 @@ class Naming:
                 judge = knobs.judge.model if knobs.judge else None
                 return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold, judge))]
             case Curate() as knobs:
-                return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
+                counting = [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
+                return [*counting, *(f.model for f in knobs.filters if isinstance(f, SemanticDuplicates))]
             case _:
                 return []
 

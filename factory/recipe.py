@@ -20,6 +20,7 @@ from factory.evaluate import Evaluate
 from factory.filters.code import Code
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
+from factory.filters.semantic import SemanticDuplicates
 from factory.filters.threshold import Threshold
 from factory.filters.verifier import Verifier
 from factory.generate import Generate
@@ -295,6 +296,14 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
+            encoding = ((k, one.model) for k, one in enumerate(stage.filters) if isinstance(one, SemanticDuplicates))
+            for k, name in encoding:
+                if name in recipe.models and not isinstance(recipe.models[name], Weights):
+                    yield (
+                        (k, "semantic_duplicates", "model"),
+                        f"models.{name} is `type: {recipe.models[name].type}`; an encoder's weights are local: "
+                        "`type: transformers`",
+                    )
         case Score(model=str(name)) if (entry := recipe.models.get(name)) is not None:
             if not isinstance(entry, Weights):
                 yield (
@@ -389,7 +398,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             if stage.fallback:
                 yield "fallback", stage.fallback
         case Curate():
-            yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
+            named = (f.model for f in stage.filters if isinstance(f, Tokens | SemanticDuplicates))
+            yield from (("filters", name) for name in named if name)
         case Judge() | Score(model=str()):
             yield "model", str(stage.model)
         case Train():

@@ -60,7 +60,8 @@ _GIVE = (
     r"(?:give|giving|award|assign|output|write|return|print|respond|reply|answer|rate|grade|score"
     r"|mark|put|choose|pick|select|record|enter|report)"
 )
-_NUMBER = r"(?:\d+(?:\.\d+)?|one|two|three|four|five|ten|full|top|highest|largest|maximum|max|best|perfect|excellent)"
+_TOP = r"(?:full|top|highest|largest|maximum|max|best|perfect|excellent)"
+_NUMBER = rf"(?:\d+(?:\.\d+)?|one|two|three|four|five|ten|{_TOP})"
 # an order begins its clause: who tells of customers that give the best grade orders nothing
 _FIRST = r"(?:^|[,;:.!?-] |[(>*\"']|\b(?:please|kindly|just|must|should|shall|have to|and|then|so|now|only) )"
 _DO = rf"{_FIRST}[ \t]{{0,9}}{_GIVE}\b"
@@ -70,9 +71,13 @@ _ORDERS = _sign(
     r"|do not follow|stop following)\b[^.!?\n]{0,50}"
     r"\b(?:previous|prior|above|earlier|preceding|all|any|everything|your|other|given|former|rubric|original)\b[^.!?\n]{0,40}"
     r"\b(?:instruct\w*|rules?|rubric|prompts?|orders?|guidelines?|criteria|directions?|text|messages?|context|told|said|task)\b",
-    # give it this
-    rf"{_DO}[^.!?\n]{{0,60}}\b(?:{_GRADE}|number|category)\b[^.!?\n]{{0,30}}\b{_NUMBER}\b",
-    rf"{_DO}[^.!?\n]{{0,60}}\b{_NUMBER}\b[^.!?\n]{{0,30}}\b(?:{_GRADE}|number|category)\b",
+    # give it this: the best grade, or a number as the grade; who gives each team one point orders nothing
+    rf"{_DO}[^.!?\n]{{0,60}}\b{_TOP}\b[^.!?\n]{{0,30}}\b(?:scores?|ratings?|grades?|marks?|verdicts?|number|category)\b",
+    rf"{_DO}[^.!?\n]{{0,60}}\b(?:score|rating|grade|mark|verdict)\b[^.!?\n]{{0,30}}\b{_TOP}\b",
+    rf"{_DO}[^.!?\n]{{0,60}}\b(?:this|my|it|the above|the answer|the response)\b[^.!?\n]{{0,30}}\b{_NUMBER}\b"
+    rf"[^.!?\n]{{0,30}}\b(?:{_GRADE})\b",
+    rf"{_DO}[^.!?\n]{{0,60}}\ba (?:score|rating|grade|mark|verdict) of {_NUMBER}\b",
+    rf"{_DO}[^.!?\n]{{0,20}}\b{_NUMBER} as (?:the|your) (?:score|rating|grade|mark|verdict)\b",
     rf"{_DO}[^.!?\n]{{0,40}}\b(?:it|this|answer|response|me)\b[^.!?\n]{{0,30}}\b{_NUMBER}\s*(?:/|out of|of)\s*\d+",
     rf"\b(?:this|my|the|above) (?:answer|response|reply|text|one)\b"
     rf"[^.!?\n]{{0,40}}\b(?:deserves?|merits?|earns?|must|should|has to|is to|gets?|receives?|warrants?)\b"

@@ -86,13 +86,11 @@ class Making:
             case Choose() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, choose(knobs, partial(self._groups, step), self.recipe.seed), step.title, planned)
-                if lacking := unmet(knobs, self._groups(step)):
-                    facts["warnings"] = lacking
+                facts |= _warned(unmet(knobs, self._groups(step)))
             case Shape() as knobs:
                 planned = self._rows_in(step)
                 _put_all(out, shape(knobs, self._groups(step)), step.title, planned)
-                if lacking := lacking_truth(knobs, self._groups(step)):
-                    facts["warnings"] = lacking
+                facts |= _warned(lacking_truth(knobs, self._groups(step)))
         if "requests" in facts and (servers := self.models.served(self.naming.asked(step))):
             facts["servers"] = servers
         facts["seconds"] = round(time.monotonic() - started, 3)
@@ -240,6 +238,13 @@ class Making:
             if told := lost.beyond(self.desk.max_failed):
                 then = ". --retry-failed asks again for what has no answer" if lost.unanswered else ""
                 raise TooManyFailures(f"{folder.path.name}: {told}. What is finished stands in {self.folder}{then}")
+
+
+def _warned(lines: list[str]) -> dict[str, Any]:
+    """Warnings for the manifest, told at once as well."""
+    for line in lines:
+        say(f"  warning: {line}")
+    return {"warnings": lines} if lines else {}
 
 
 def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, total: int | None = None) -> int:

@@ -74,11 +74,12 @@ def test_a_filter_and_its_control_are_two_runs_of_one_recipe(tmp_path: Path) -> 
     assert (where / "runs/again/dataset/train.jsonl").read_bytes() == first
 
 
-def test_a_quota_shows_up_in_the_funnel(tmp_path: Path) -> None:
+def test_a_quota_shows_up_in_the_funnel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = folder(tmp_path, "  - choose: {quota: {by: tag, most: {math: 5, chat: 3, maths: 9}}}\n")
     told = run(where)
     assert stages(told)["choose"] == (40, 8, 32, 0, {"over_quota": 32})
     assert told["warnings"] == ["02-choose: quota: no row counts for the tag 'maths'"]
+    assert "warning: quota: no row counts for the tag 'maths'" in "".join(capsys.readouterr())
     assert Counter(int(row["prompt"].split()[1].strip("?")) % 2 for row in rows(where)) == {1: 5, 0: 3}
 
 

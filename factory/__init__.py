@@ -13,7 +13,7 @@ The map, in the order that data flows (a file imports only from files above it):
     budget, pace, retry      the wall; how fast; what is sent again
     stored, batch, ask       what is answered already; batch endpoints; the only caller of teachers
     models, generate         stage: draws, beams, rounds
-    filters/, curate         seam 3: what to keep; stage `filter`
+    filters/, encoder, curate    seam 3: what to keep; stage `filter`
     rubric, verdicts, ways   what a judge is asked, and how it is read; pointwise, listwise, pairwise
     hijack, canaries, agreement  answers that speak to the judge; answers of known worth; labels
     judge                    stage: scores by a model
@@ -21,7 +21,7 @@ The map, in the order that data flows (a file imports only from files above it):
     choose, shape, pair      stages: best of N; sample -> training row; samples -> preference pairs
     audit                    what preference rows would teach besides quality
     dataset                  training files and card
-    train, trainers/         stage `train`; seam 4: how the student learns
+    launch, train, trainers/ how trainers start; stage `train`; seam 4: how the student learns
     model_card               how a student was made, and how it is served
     stats, measures          intervals and tests; what is measured of answers
     win_rate, harness        a judge compares two models' answers; tasks of lm_eval

@@ -4,7 +4,6 @@ With `--live`, and only then, each endpoint is asked a few tiny questions: who a
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -128,7 +127,7 @@ def _benchmarks(stage: Curate) -> Iterator[Problem]:
         for j, benchmark in enumerate(one.against if isinstance(one, Contamination) else ()):
             try:
                 if not is_hub_id(benchmark.path, find):
-                    deque(items(benchmark, find), maxlen=0)
+                    items(benchmark, find)
             except RecipeError as e:
                 yield (k, one.kind, "against", j), str(e)
 

@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (
         ("build", "the data set: every stage before the first train"),
         ("train", "through the last train, asking what is still needed"),
-        ("eval", "through the evaluation"),
-        ("run", "everything"),
+        ("eval", "through the evaluation, arms included"),
+        ("run", "everything, arms included"),
     ):
         verb = verbs.add_parser(name, help=what, description=what, epilog=EXIT_CODES)
         verb.add_argument("recipe", help=RECIPE)

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
+from factory.errors import FactoryError
 from factory.filters import FilterKnob, GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
+from factory.filters.isolated import together
 from factory.filters.threshold import Threshold
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
@@ -103,18 +105,61 @@ def accepts(filters: list[RowFilter], sample: Sample) -> Verdict | None:
     return next((verdict for verdict in verdicts if not verdict.keep), None)
 
 
+Group: TypeAlias = tuple[list[Sample], list[int]]
+"""The samples of one prompt, with what was said of them, and the places of those that all filters so far have kept."""
+
+
 def _judged(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
-    judges = [_judge(one, partial(_survivors, filters[:i], read)) for i, one in enumerate(filters)]
-    for group in read():
-        samples, alive = list(group), list(range(len(group)))
-        for judge in judges:
-            verdicts = judge([samples[i] for i in alive])
-            for i, verdict in zip(alive, verdicts, strict=True):
-                if not verdict.keep or verdict.score is not None:
-                    samples[i] = samples[i].judged(verdict)
-            if not (alive := [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]):
-                break
-        yield samples
+    groups: Iterator[Group] = ((list(group), list(range(len(group)))) for group in read())
+    for step in _steps(filters, read):
+        groups = step(groups)
+    return (samples for samples, _ in groups)
+
+
+def _steps(filters: Sequence[Any], read: Look) -> list[Callable[[Iterator[Group]], Iterator[Group]]]:
+    """The filters as steps that groups go through one after another; neighbouring row filters are one step."""
+    steps: list[Callable[[Iterator[Group]], Iterator[Group]]] = []
+    rows: list[RowFilter] = []
+    for i, one in enumerate(filters):
+        if isinstance(one, RowFilter) and not one.apart:
+            rows.append(one)
+            continue
+        if rows:
+            steps.append(partial(map, partial(_passed, rows)))
+            rows = []
+        if isinstance(one, RowFilter):
+            steps.append(partial(together, partial(_passed, [one])))
+        else:
+            steps.append(partial(map, partial(_heard, _judge(one, partial(_survivors, filters[:i], read)))))
+    return [*steps, partial(map, partial(_passed, rows))]
+
+
+def _passed(filters: list[RowFilter], group: Group) -> Group:
+    """The group after row filters; what they have to tell of a sample is put down with it."""
+    samples, alive = group
+    return samples, [i for i in alive if _passes(filters, samples, i)]
+
+
+def _passes(filters: list[RowFilter], samples: list[Sample], i: int) -> bool:
+    for one in filters:
+        verdict = checked(one, samples[i])
+        if not verdict.keep or verdict.score is not None:
+            samples[i] = samples[i].judged(verdict)
+        if not verdict.keep:
+            return False
+    return True
+
+
+def _heard(judge: Judge, group: Group) -> Group:
+    """The group after a filter that compares samples."""
+    samples, alive = group
+    if not alive:
+        return group
+    verdicts = judge([samples[i] for i in alive])
+    for i, verdict in zip(alive, verdicts, strict=True):
+        if not verdict.keep or verdict.score is not None:
+            samples[i] = samples[i].judged(verdict)
+    return samples, [i for i, verdict in zip(alive, verdicts, strict=True) if verdict.keep]
 
 
 def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
@@ -125,14 +170,14 @@ def _survivors(filters: Sequence[Any], read: Look) -> Iterator[list[Sample]]:
 
 
 def _judge(one: Any, look: Look) -> Judge:
-    """Any filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
-    if isinstance(one, RowFilter):
-        return lambda samples: [checked(one, sample) for sample in samples]
+    """A filter as a function over the samples of one prompt. One that breaks sets rows aside: broken is not bad."""
     if isinstance(one, GroupFilter):
         return lambda samples: _all_checked(one.kind, one.check_group, samples)
     assert isinstance(one, SetFilter), f"{one!r} has none of the three shapes"
     try:
         judge = one.start(look)
+    except FactoryError:  # says what to do, and no row is to blame
+        raise
     except Exception as e:
         broken = _broken(one.kind, e)
         return lambda samples: [broken for _ in samples]

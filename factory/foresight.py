@@ -21,11 +21,13 @@ from factory.plan import Step
 from factory.prompts import PromptLists
 from factory.recipe import Recipe, scores_named
 from factory.recipe_file import find
+from factory.rubric import Rubric
 from factory.rubric import load as load_rubric
 from factory.score import Score
 from factory.shape import Shape
 from factory.teachers.reference import Reference
 from factory.train import Train
+from factory.ways import unfit
 from factory.yamlfile import Path_
 
 
@@ -92,12 +94,18 @@ def _behind(step: Step, before: _Flow, prompts: PromptLists | None) -> _Flow:
 
 def _score_names(knobs: Judge) -> frozenset[str] | None:
     """The score, and those of its aspects."""
+    if (rubric := _rubric(knobs)) is None:
+        return None
+    name, aspects = knobs.as_ or rubric.head.name, rubric.head.aspects
+    return frozenset([name, *(f"{name}.{aspect}" for aspect in aspects if knobs.how != "pairwise")])
+
+
+def _rubric(knobs: Judge) -> Rubric | None:
+    """None where it cannot be read, which is another problem."""
     try:
-        head = load_rubric(find(knobs.rubric)).head
+        return load_rubric(find(knobs.rubric))
     except RecipeError:
         return None
-    name = knobs.as_ or head.name
-    return frozenset([name, *(f"{name}.{aspect}" for aspect in head.aspects if knobs.how != "pairwise")])
 
 
 def _of_step(
@@ -112,6 +120,8 @@ def _of_step(
             known = all(isinstance(recipe.models.get(name), Reference) for name in knobs.models)
             if known and not any(_any_brings(what, sets, prompts) for what in ("references", "answers")):
                 yield Finding(("model",), f"no prompt of {_of(sets)} has a `reference` that could be the answer")
+        case Judge() as knobs if (rubric := _rubric(knobs)) and (why := unfit(rubric, knobs.how)):
+            yield Finding(("rubric",), f"{knobs.rubric}: {why}")
         case Given() if not _any_brings("answers", step.sets, prompts):
             if not any(isinstance(other.knobs, Evaluate) for other in steps):  # measuring alone needs none
                 text = f"no row of {_of(step.sets)} brings an answer, and no `generate` asks for one before it is used"
@@ -132,12 +142,10 @@ def _of_step(
             yield Finding(("tasks",), f"truth: no prompt of {_of(before.sets)} has a `reference`")
         case PairUp() as knobs:
             yield from _paired(knobs, before)
-        case Train():
+        case Train() as knobs if knobs.method != "sft":
             shapes = [steps[number - 1].knobs for number in step.reads]
             if any(isinstance(one, Shape) and set(one.weights.values()) != {1.0} for one in shapes):
-                text = (
-                    "the trainer counts all rows alike; the weights of `shape` stand in the data set for other trainers"
-                )
+                text = f"{knobs.method} counts all rows alike; the weights of `shape` are for sft"
                 yield Finding((), text, fatal=False)
 
 

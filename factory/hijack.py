@@ -166,6 +166,10 @@ _ENDS = re.compile(r"[.!?:;。！？।؟\n]+")
 def hijack(text: str) -> tuple[str, str] | None:
     """What in an answer is meant for its judge: the kind, and the words; None for an answer that only answers."""
     plain = _plain(text)
+    return _found(plain) or (None if (other := _respelt(plain)) == plain else _found(other))
+
+
+def _found(plain: str) -> tuple[str, str] | None:
     for kind, pattern in (
         ("template_token", _TOKENS),
         ("verdict_line", _VERDICT),
@@ -189,9 +193,14 @@ def _neighbours(text: str) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """What a model reads all the same: styled, lookalike and spaced letters, digits for letters, and what is invisible."""
-    plain = text if text.isascii() else _folded("".join(map(_shown, text)))
-    plain = _MIXED.sub(lambda word: word[0].translate(_LOOKALIKE), plain)
+    """What a model reads all the same: styled and lookalike letters, and what is invisible."""
+    if text.isascii():
+        return text
+    return _MIXED.sub(lambda word: word[0].translate(_LOOKALIKE), _folded("".join(map(_shown, text))))
+
+
+def _respelt(plain: str) -> str:
+    """The same with digits as the letters that they look like, and spaced letters together."""
     plain = _LEET.sub(lambda word: word[0].translate(_DIGIT), plain)
     return _SPACED.sub(lambda run: run[0].replace(" ", ""), plain)
 

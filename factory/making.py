@@ -9,6 +9,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from factory.ask import Desk
 from factory.choose import Choose, choose, unmet
 from factory.cohorts import Cohorts
@@ -180,10 +182,11 @@ class Making:
 
     def _train(self, knobs: Train, step: Step, out: StageWriter, facts: dict[str, Any]) -> int:
         rows = out.folder / "rows.jsonl"
-        shards = chain.from_iterable(self.made[number].shards() for number in step.reads)
+        weights = knobs.from_ if isinstance(knobs.from_, dict) else dict.fromkeys(map(str, step.reads))
         with rows.open("wb") as whole:
-            for shard in shards:
-                whole.write(shard.read_bytes())
+            for (name, weight), number in zip(weights.items(), step.reads, strict=True):
+                for shard in self.made[number].shards():
+                    whole.write(shard.read_bytes() if weight is None else _weighted(shard, name, weight))
         total = _lines([rows])
         if total == 0:
             self.check_failures()  # which may be why
@@ -251,6 +254,14 @@ def _put_all(out: StageWriter, rows: Iterable[Row | Sequence[Row]], label: str, 
                 advance(100)
         advance(count % 100)
     return count
+
+
+def _weighted(shard: Path, name: str, weight: float) -> bytes:
+    """Training rows as a part of a union: by which name, and what their mean loss counts."""
+    rows = (msgspec.json.decode(line) for line in shard.read_bytes().splitlines())
+    return b"".join(
+        msgspec.json.encode(row | {"input": name, "weight": weight * row.get("weight", 1.0)}) + b"\n" for row in rows
+    )
 
 
 def _lines(files: Iterable[Path]) -> int:

@@ -1,12 +1,14 @@
 """The models of a run by name: those that the recipe lists, and the students that it has trained so far."""
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from factory.ask import Model
-from factory.errors import RecipeError
+from factory.child import Child, ChildEnded
+from factory.errors import EngineError, RecipeError
 from factory.teachers import ModelEntry
 from factory.teachers.openai import OpenAI
 from factory.teachers.reference import Reference
@@ -95,6 +97,26 @@ class Models:
         if not isinstance(entry, Weights):
             raise RecipeError(f"filter tokens: models.{name} has no local tokenizer; name a local model with `model:`")
         return _counter(materialise_in_child(entry, self.runs / "weights"))
+
+    def encoder(self, name: str) -> Callable[[], Child]:
+        """Starts a process in which a local model reads texts; what keeps it from starting is told at once."""
+        entry = self.entry(name)
+        if not isinstance(entry, Weights):
+            raise RecipeError(f"models.{name} has no local weights; an encoder is `type: transformers`")
+        job = {
+            "name": name, "weights": entry.alone(), "cache": str(self.runs / "weights"),
+            "device": getattr(entry, "device", None),
+        }  # fmt: skip
+
+        def start() -> Child:
+            child = Child("factory.encoder", json.dumps(job))
+            try:
+                child.hear()
+            except ChildEnded as e:
+                raise EngineError(f"the encoder {name}: {e}") from None
+            return child
+
+        return start
 
 
 @lru_cache(maxsize=8)

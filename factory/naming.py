@@ -11,6 +11,7 @@ from factory.canaries import FILE as CANARIES
 from factory.curate import Curate
 from factory.evaluate import Evaluate
 from factory.filters.rules import Tokens
+from factory.filters.semantic import SemanticDuplicates
 from factory.generate import Generate
 from factory.judge import Judge
 from factory.models import Models
@@ -28,7 +29,7 @@ from factory.train import Train
 
 VERSIONS = {
     "prompts": 1, "generate": 1, "given": 3, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 3,
-    "pair": 3, "train": 1, "evaluate": 2,
+    "pair": 3, "train": 2, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""
 
@@ -46,6 +47,8 @@ class Naming:
         """Where a step's result is, or will be. It is named by what the steps it reads have kept, not by how."""
         kind = step.knobs.kind
         names = {"from_"} if isinstance(step.knobs, Judge | Score) else {"from_", "as_"}  # the name of a score
+        if isinstance(step.knobs, Train) and isinstance(step.knobs.from_, dict):
+            names.remove("from_")  # it has weights
         names |= {"require"} if isinstance(step.knobs, Evaluate) else set()  # limits change nothing that is measured
         named = digest(
             kind, VERSIONS[kind], step.knobs.model_dump(mode="json", exclude=names),
@@ -91,7 +94,8 @@ class Naming:
                 judge = knobs.judge.model if knobs.judge else None
                 return [*knobs.students, *filter(None, (knobs.teacher, knobs.gold, judge))]
             case Curate() as knobs:
-                return [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
+                counting = [f.model or self.models.default_student for f in knobs.filters if isinstance(f, Tokens)]
+                return [*counting, *(f.model for f in knobs.filters if isinstance(f, SemanticDuplicates))]
             case _:
                 return []
 

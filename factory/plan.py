@@ -115,12 +115,16 @@ class _Drawing:
         of_rows = "rows" in wanted
         if not reads:
             reads = self._latest("samples", "rows") if of_rows else self._latest(*wanted)
+        if isinstance(stage.from_, dict) and len(reads) < len(stage.from_):
+            self.problems.append(((*at, "from"), "weights are for the rows of earlier stages, not for prompt lists"))
+            return
         if not reads and of_rows:
             reads = (self._put(Given(), (), self._all_sets),)
         if not reads:
             self.problems.append((at, f"nothing before it makes {wanted[0]}; put a `pair` stage there"))
         elif of_rows and all(self._made[number] == "samples" for number in reads):
-            reads = (self._put(Shape(), reads, ()),)
+            apart = [(number,) for number in reads] if isinstance(stage.from_, dict) else [reads]
+            reads = tuple(self._put(Shape(), one, ()) for one in apart)
         if wrong := [n for n in reads if self._made[n] not in wanted]:
             self.problems.append((at, f"{stage.method} trains on {wanted[0]}, but reads {self._made[wrong[0]]}"))
         self._put(stage, reads, ())

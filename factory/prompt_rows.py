@@ -252,8 +252,9 @@ def _completion(value: Any) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    """A value as text: numbers as JSON writes them, nothing as nothing; blank text is nothing, too."""
-    if value is None:
+    """A value as text: numbers as JSON writes them, nothing as nothing; blank text is nothing, too, as is NaN, by which
+    tables of numbers say that one is missing."""
+    if value is None or value != value:
         return ""
     if isinstance(value, str):
         return value if value.strip() else ""

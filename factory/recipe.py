@@ -20,6 +20,7 @@ from factory.evaluate import Evaluate
 from factory.filters.code import Code
 from factory.filters.duplicates import Duplicates
 from factory.filters.rules import Tokens
+from factory.filters.semantic import SemanticDuplicates
 from factory.filters.threshold import Threshold
 from factory.filters.verifier import Verifier
 from factory.generate import Generate
@@ -253,7 +254,7 @@ def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
         for field, name in _models_named(stage):
             if name not in models | lost:
                 yield (*at, field), f"there is no model {name!r}; {nearest(name, models | lost)}"
-        sources = stage.from_ if isinstance(stage.from_, list) else [stage.from_] if stage.from_ else []
+        sources = [stage.from_] if isinstance(stage.from_, str) else stage.from_ or []
         for name in sources:
             if name not in sets | stages | lost and ("prompts",) not in made.lost:
                 yield (
@@ -295,6 +296,14 @@ def _own_problems(recipe: Recipe, i: int, stage: Stage, made: Draft) -> Iterator
         case Curate():
             tokens = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Tokens))
             yield from (((k,), why) for k, one in tokens if (why := _no_tokenizer(recipe, one)))
+            encoding = ((k, one.model) for k, one in enumerate(stage.filters) if isinstance(one, SemanticDuplicates))
+            for k, name in encoding:
+                if name in recipe.models and not isinstance(recipe.models[name], Weights):
+                    yield (
+                        (k, "semantic_duplicates", "model"),
+                        f"models.{name} is `type: {recipe.models[name].type}`; an encoder's weights are local: "
+                        "`type: transformers`",
+                    )
         case Score(model=str(name)) if (entry := recipe.models.get(name)) is not None:
             if not isinstance(entry, Weights):
                 yield (
@@ -335,6 +344,11 @@ def scores_named(stage: Knobs) -> Iterator[tuple[Path_, str]]:
             yield ("by",), by
         case PairUp(score=str(score)):
             yield ("score",), score
+        case Train(method="sft" | "gkd", order=str(order)) if (name := order.removeprefix("-")) not in (
+            "given",
+            "length",
+        ):
+            yield ("order",), name
         case Curate():
             ranking = ((k, one) for k, one in enumerate(stage.filters) if isinstance(one, Duplicates))
             yield from (((k, one.kind, "by"), one.by) for k, one in ranking if one.by is not None)
@@ -384,7 +398,8 @@ def _models_named(stage: Stage) -> Iterator[tuple[str, str]]:
             if stage.fallback:
                 yield "fallback", stage.fallback
         case Curate():
-            yield from (("filters", f.model) for f in stage.filters if isinstance(f, Tokens) and f.model)
+            named = (f.model for f in stage.filters if isinstance(f, Tokens | SemanticDuplicates))
+            yield from (("filters", name) for name in named if name)
         case Judge() | Score(model=str()):
             yield "model", str(stage.model)
         case Train():

@@ -137,20 +137,25 @@ def _training(folder: StageFolder, manifest: dict[str, Any]) -> dict[str, Any]:
     """`training.json` as the trainer wrote it, and the curve found in it."""
     path = folder.path / "training.json"
     told = _json(path) if path.is_file() else {}
+    curve = _curve(told)
     return {
         "student": manifest.get("student"),
         "method": manifest.get("method"),
         **told,
-        "curve": _curve(told),
+        "curve": curve,
+        "tasks": sorted({name for point in curve for name in point if name.startswith("loss/")}),
         "stage": _title(manifest),
     }
 
 
 def _curve(told: dict[str, Any]) -> list[dict[str, float]]:
-    """Points of step, loss and evaluation loss from the trainer's log, thinned evenly; a loss that is no number is left
-    out of the curve."""
-    keys = ("step", "loss", "eval_loss")
-    points = [{key: p[key] for key in keys if math.isfinite(p.get(key, math.nan))} for p in told.get("log", [])]
+    """Points of step, loss, the tasks' losses and evaluation loss from the trainer's log, thinned evenly; a loss that is no
+    number is left out of the curve."""
+    known = ("step", "loss", "eval_loss")
+    points = [
+        {key: value for key, value in p.items() if (key in known or key.startswith("loss/")) and math.isfinite(value)}
+        for p in told.get("log", [])
+    ]
     points = [p for p in points if "step" in p and len(p) > 1]
     thin = -(-len(points) // MAX_POINTS) or 1
     return [p for i, p in enumerate(points) if i % thin == 0 or i == len(points) - 1]

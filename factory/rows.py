@@ -288,6 +288,7 @@ class TrainRow(Row, frozen=True):
     weight: float = 1.0
     source: str = ""
     model: str = ""
+    tags: list[str] = []
     scores: dict[str, float] = {}
     parents: list[str] = []
 

@@ -13,7 +13,7 @@ run in a child process (`scorer.py`).
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Literal, Self
 
@@ -24,10 +24,10 @@ from factory.child import Child, ChildEnded
 from factory.curate import checked
 from factory.errors import EngineError, RecipeError
 from factory.filters import VerifierKnob
-from factory.filters.isolated import Broken
+from factory.filters.isolated import Broken, Done, Item, together
 from factory.filters.pattern import Undecided
 from factory.filters.reference import MatchesReference, Unread, compare
-from factory.filters.verifier import UNKNOWN
+from factory.filters.verifier import UNKNOWN, Verifier
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.rows import Sample, Verdict
@@ -73,13 +73,20 @@ def score(knobs: Score, groups: Iterable[list[Sample]], models: Models) -> Itera
         assert knobs.of is not None
         verifier = knobs.of.open(models)
     if knobs.by == "verdict":
-        return (_told(knobs.name, sample, checked(verifier, sample)) for sample in chain.from_iterable(groups))
+        return _each(
+            verifier, lambda sample: _told(knobs.name, sample, checked(verifier, sample)), chain.from_iterable(groups)
+        )
     if knobs.by == "self_consistency":
-        return chain.from_iterable(_agreement(knobs.name, verifier, group) for group in groups)
+        shares = _each(verifier, lambda group: list(_agreement(knobs.name, verifier, group)), groups)
+        return chain.from_iterable(shares)
     return _by_model(knobs, chain.from_iterable(groups), models)
 
 
 # -- by verifiers --------------------------------------------------------------------------------------------------------
+
+
+def _each(verifier: Verifier, do: Callable[[Item], Done], items: Iterable[Item]) -> Iterator[Done]:
+    return together(do, items) if verifier.apart else map(do, items)
 
 
 def _told(name: str, sample: Sample, verdict: Verdict) -> Sample:

@@ -27,16 +27,17 @@ class Shape(Knobs):
 
     `reasoning: keep` puts the trace first, `mask` does so outside the loss. `answer_after` says where the answer begins
     in texts that reason first: behind the last such mark; what stands before it is the trace, as what a teacher gives
-    apart is. `tasks` makes several rows of a sample, with a weight each: the `answer`, or the `label` and the `rationale`
-    by themselves; and once per prompt the `truth`, its reference. `mask: personal_data` writes [EMAIL], [PHONE] ... for what
-    `filters/personal_data.py` finds, in prompt and completion.
+    apart is. `tasks` makes several rows of a sample: the `answer`, or the `label` and the `rationale` by themselves; and
+    once per prompt the `truth`, its reference. In training each counts by the mean loss of its own rows, times its weight;
+    with 0 it is not trained. `mask: personal_data` writes [EMAIL], [PHONE] ... for what `filters/personal_data.py` finds, in
+    prompt and completion.
     """
 
     kind: Literal["shape"] = "shape"
     system: str | None = None
     reasoning: Literal["drop", "keep", "mask"] = "drop"
     answer_after: str | None = Field(None, min_length=1)
-    tasks: list[Task] | dict[Task, Annotated[float, Field(gt=0)]] = ["answer"]
+    tasks: list[Task] | dict[Task, Annotated[float, Field(ge=0)]] = ["answer"]
     mask: Literal["personal_data"] | None = None
     from_: str | list[str] | None = Field(None, alias="from")
     as_: str | None = Field(None, alias="as")
@@ -48,6 +49,8 @@ class Shape(Knobs):
             raise ValueError("tasks: each can be named once; give weights as a map, {label: 1, rationale: 0.5}")
         if not names - {"truth"}:
             raise ValueError("tasks: nothing of the teacher's; for the truth alone, ask a model of `type: reference`")
+        if not any(self.weights.values()):
+            raise ValueError("tasks: every weight is 0, so nothing would be learned")
         if "answer" in names and names & PREFIXES.keys():
             raise ValueError("tasks: answer has the label in it; name either answer, or label and rationale")
         if "answer" not in names and self.reasoning != "drop":
@@ -134,6 +137,7 @@ def _row(knobs: Shape, sample: Sample, task: Task, weight: float, text: str, unl
         task=task,
         weight=weight,
         source=sample.prompt.source,
+        tags=sample.prompt.tags,
         model=sample.model if task != "truth" else "",
         scores=sample.scores if task != "truth" else {},
         parents=[sample.id] if task != "truth" else [],

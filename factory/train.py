@@ -9,19 +9,21 @@ import difflib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from factory.child import child_environment
 from factory.errors import DiskError, EngineError, RecipeError
 from factory.knobs import Knobs
+from factory.launch import Parallel, command
+from factory.progress import say
 from factory.weights import Weights
 
 OURS = {"output_dir"}
@@ -96,10 +98,16 @@ NUMBERS = {
 """Arguments that people set by hand most: what is wrong with them is told before anything is asked."""
 
 
+Weight: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Train(Knobs):
     """`train:`; `student` is a model or an earlier student, `as` names the new one, `args` are TRL's.
 
-    `teacher`, for gkd and gold, is a local model whose distributions are learned.
+    `teacher`, for gkd and gold, is a local model whose distributions are learned. `weights`, for sft, are those of tags:
+    a row counts as if it stood there so many times. `order` trains the rows in the order of a score, of their `length`, or
+    as `given`, instead of shuffling them; the lowest first, or with `-` before it the highest. Weights in `from` are those of
+    the inputs' own mean losses.
     """
 
     kind: Literal["train"] = "train"
@@ -107,9 +115,38 @@ class Train(Knobs):
     student: str
     teacher: str | None = None
     as_: str = Field("student", alias="as")
-    from_: str | list[str] | None = Field(None, alias="from")
+    from_: str | list[str] | dict[str, Weight] | None = Field(None, alias="from")
+    weights: dict[str, Weight] = {}
+    order: str | None = Field(None, min_length=1)
     args: dict[str, Any] = {}
     lora: Lora | None = None
+    parallel: Parallel | None = None
+
+    @model_validator(mode="after")
+    def _whole_weights_under_adapters(self) -> Self:
+        if self.lora is not None and self.parallel is not None and self.parallel.by != "ddp":
+            raise ValueError(
+                f"parallel: adapters are merged into whole weights, {self.parallel.by} shares them; use by: ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_where_they_count(self) -> Self:
+        for key, there in (("weights", self.weights), ("from", isinstance(self.from_, dict))):
+            if there and self.method != "sft":
+                raise ValueError(f"{key}: {self.method} counts all rows alike; weights are for sft")
+        return self
+
+    @model_validator(mode="after")
+    def _order_that_is_kept(self) -> Self:
+        if self.order is None:
+            return self
+        if self.method == "gold":
+            raise ValueError("order: gold draws its batches by itself; remove order:")
+        for name in ("packing", "shuffle_dataset", "train_sampling_strategy"):
+            if self.args.get(name):
+                raise ValueError(f"order: args.{name} puts rows into an order of its own; remove one of the two")
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_one_teaches(self) -> Self:
@@ -177,14 +214,18 @@ def train(
         "method": knobs.method, "weights": weights_entry.alone(), "teacher": teacher.alone() if teacher else None,
         "cache": str(cache.resolve()), "rows": str(rows.resolve()),
         "out": str(out.resolve()), "checkpoints": str(checkpoints.resolve()), "args": knobs.args, "seed": seed,
+        "weights_of_tags": knobs.weights, "order": knobs.order,
         "lora": knobs.lora.model_dump() if knobs.lora else None,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(job, indent=2))
     log = out / "train.log"
+    started = [*command(knobs.parallel, out), str((out / "job.json").resolve())]
+    if len(started) > 4:  # several processes
+        say(f"  {shlex.join(started)}")
     with (
         log.open("wb") as stderr,
         subprocess.Popen(
-            [*_launcher(), str(out / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             env=child_environment() | _trackers() | SILENCE, start_new_session=True,
         ) as child,
     ):  # fmt: skip
@@ -208,25 +249,6 @@ def train(
     shutil.rmtree(checkpoints, ignore_errors=True)
     told: dict[str, Any] = json.loads((out / "training.json").read_text())
     return told
-
-
-def _launcher() -> list[str]:
-    """One process; one per GPU through `accelerate launch` where several are visible."""
-    gpus = _gpus()
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(gpus)] if gpus > 1 else []
-    return [sys.executable, *launch, "-m", "factory.trainers.job"]
-
-
-def _gpus() -> int:
-    """GPUs that a child would see, without loading torch here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return 0
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 SILENCE = {"TRL_EXPERIMENTAL_SILENCE": "1"}

@@ -6,6 +6,7 @@ arXiv 2306.05685, section 3.4), and a score is the share of wins.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 from typing import NamedTuple
@@ -117,3 +118,23 @@ WAYS = {
     "listwise": Way(_listwise, _by_label),
     "pairwise": Way(_pairwise, _by_wins),
 }
+
+
+def unfit(rubric: Rubric, how: str) -> str | None:
+    """Why a rubric cannot be judged by in this way; None where nothing speaks against it.
+
+    A verdict's lines are known by their labels: a rubric that asks for those of another way alone gets no verdict read.
+    """
+    if rubric.head.examples and how != "pointwise":
+        return f"its examples show how one answer is graded; with how: {how} there are several, so leave them out"
+    aspects = "|".join(rubric.head.aspects)
+    lines = {
+        "pointwise": rf"\b(?:{aspects or 'Score'})\s*:",
+        "listwise": rf"\b(?:{aspects or 'Answer'})\s+\d+\s*:",
+        "pairwise": rf"\b{BETTER}\s*:",
+    }
+    asked = rubric.template.render(prompt="", response="", reference="", fence="")
+    found = [way for way, line in lines.items() if re.search(line, asked, re.IGNORECASE)]
+    if found and how not in found:
+        return f"it asks for verdicts of how: {found[-1]}, and this stage reads those of how: {how}"
+    return None

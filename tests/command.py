@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout
@@ -76,26 +78,38 @@ def typed(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(["factory", *arguments], code, out.getvalue(), errors.getvalue())
 
 
+def heeding_signals() -> None:
+    """For a child: whoever starts the tests in the background, or by nohup, has these ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def started(where: Path, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """The command while it runs, in a process group of its own; killed at the end if it still does."""
     command = [sys.executable, "-m", "factory", *arguments]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    with subprocess.Popen(command, cwd=where, text=True, env=environment(), process_group=0, **streams) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    how: dict[str, Any] = {"preexec_fn": heeding_signals, **pipes, **options}
+    with subprocess.Popen(command, cwd=where, text=True, env=environment(), process_group=0, **how) as child:
         try:
             yield child
         finally:
             child.kill()
 
 
-def heard(child: subprocess.Popen[str], beginning: str) -> str:
-    """All that it says on stderr up to the line that begins so."""
+def heard(child: subprocess.Popen[str], beginning: str, within_s: float = 120.0) -> str:
+    """All that it says on stderr up to the line that begins so; it is killed where that line does not come."""
     assert child.stderr is not None
     said = ""
-    for line in child.stderr:
-        said += line
-        if line.startswith(beginning):
-            return said
+    patience = threading.Timer(within_s, child.kill)
+    patience.start()
+    try:
+        for line in child.stderr:
+            said += line
+            if line.startswith(beginning):
+                return said
+    finally:
+        patience.cancel()
     raise AssertionError(f"it never said {beginning!r}: {said}")
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from factory import stats
+from factory.journal import Journal
 from factory.knobs import written_out
 from factory.recipe import draft
+from factory.run import StageWriter
 from tests.command import asked_in_vain, attempts, folder, read_jsonl, recipe, report, started, told, typed, until
 from tests.server import chat, error, held, in_thread
 from tests.tiny import tiny_model
@@ -415,3 +418,33 @@ def test_a_live_check_asks_the_models_of_arms_too(tmp_path: Path) -> None:
     assert {"models.teacher", "models.good", "models.poor", "models.teacher (arm other)"} == {
         line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("models.")
     }
+
+
+# -- what runs share ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_another_run_is_linked_and_was_asked_for_there(tmp_path: Path) -> None:
+    out = StageWriter(tmp_path / "first/03-student-0123abcd")
+    (out.folder / "model").mkdir()
+    (out.folder / "model/weights").write_bytes(b"heavy")
+    facts_ = {"stage": "train", "unit": "rows", "seconds": 9.5, "usd": "0.5", "requests": {"sent": 4, "reused": 3}}
+    made = out.finish(facts_, 0)
+    before = made.manifest
+    (tmp_path / "second").mkdir()
+    linked = made.linked(tmp_path / "second")
+    assert linked.path == tmp_path / "second/03-student-0123abcd"
+    assert (linked.path / "model/weights").samefile(made.path / "model/weights")
+    told_ = linked.manifest
+    assert (told_["requests"], told_["usd"], told_["seconds"]) == ({"sent": 0, "reused": 7}, "0", 0)
+    assert (told_["made_in"], told_["content"]) == ("first", before["content"])
+    assert made.manifest == before
+
+
+def test_time_at_work_is_that_of_the_arm_that_was_at_work(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        for run, seconds in (("a", 0.2), ("b", 0.1)):
+            journal.clock(run)
+            time.sleep(seconds)
+        journal.clock("c")
+        assert journal.spent("a").hours * 3600 >= 0.2
+        assert journal.spent("b").hours * 3600 >= 0.1

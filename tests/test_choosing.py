@@ -187,16 +187,19 @@ def test_check_tells_what_cannot_be(stages: str, told: str, tmp_path: Path) -> N
     assert told in done.stderr
 
 
-def test_check_says_that_the_trainer_does_not_weigh_rows(tmp_path: Path) -> None:
-    text = "  - shape: {tasks: {answer: 0.7, truth: 0.3}}\n  - train: {method: sft, student: base}\n"
+def test_check_says_which_trainers_do_not_weigh_rows(tmp_path: Path) -> None:
+    text = "  - shape: {tasks: {answer: 0.7, truth: 0.3}}\n  - train: {method: gkd, student: base, teacher: base}\n"
     where = folder(tmp_path, text, models="base: {type: transformers, model: ./base}")
     done = typed(where, "check", "recipe.yaml")
     assert done.returncode == 0, done.stderr
-    assert "counts all rows alike" in done.stdout + done.stderr
+    assert "gkd counts all rows alike" in done.stdout + done.stderr
     (where / "recipe.yaml").write_text(
-        (where / "recipe.yaml").read_text().replace("{answer: 0.7, truth: 0.3}", "[answer]")
+        (where / "recipe.yaml")
+        .read_text()
+        .replace("{method: gkd, student: base, teacher: base}", "{method: sft, student: base}")
     )
     again = typed(where, "check", "recipe.yaml")
+    assert again.returncode == 0, again.stderr
     assert "counts all rows alike" not in again.stdout + again.stderr
 
 

@@ -8,7 +8,8 @@ import pytest
 
 import factory
 from factory.errors import RecipeError
-from factory.filters.contamination import COMMON
+from factory.filters.contamination import COMMON, Benchmark, items
+from factory.recipe_file import find
 from factory.rows import Message
 from tests.sample_rows import answer, ends, filtered, prompt
 
@@ -148,8 +149,8 @@ def test_a_changed_benchmark_is_another_step_and_the_funnel_names_the_reason(
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reasons, folders = [], set[str]()
-    for items in ([ITEM], [ITEM], [ITEM, SHORT], ["Who else?"]):
-        bench(tmp_path / "bench.jsonl", *items)
+    for told in ([ITEM], [ITEM], [ITEM, SHORT], ["Who else?"]):
+        bench(tmp_path / "bench.jsonl", *told)
         run = factory.run_recipe(factory.load(tmp_path / "r.yaml"), tmp_path / "runs")
         folders |= {path.name for path in run.glob("*-filter-*")}
         report = json.loads((run / "report.json").read_text())
@@ -158,6 +159,16 @@ def test_a_changed_benchmark_is_another_step_and_the_funnel_names_the_reason(
     assert [sum(one.values()) for one in reasons] == [1, 1, 2, 0]
     assert all("contaminated_prompt" in key for one in reasons for key in one)
     assert len(folders) == 3
+
+
+def test_a_benchmark_is_read_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
+    """A run wants it when it is checked, when it begins, and in each filter."""
+    path = bench(tmp_path / "bench.jsonl", ITEM)
+    once = items(Benchmark(path=path), find)
+    assert items(Benchmark(path=path), find) is once
+    assert items(Benchmark(path=path, columns={"prompt": "prompt"}), find) is not once
+    bench(tmp_path / "bench.jsonl", ITEM, SHORT)
+    assert [item.place for item in items(Benchmark(path=path), find)] == [f"{path}:1", f"{path}:2"]
 
 
 def test_a_benchmark_that_is_missing_stops_a_run_before_it_starts(

@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pydantic
 import pytest
 from hypothesis import given, settings
@@ -423,6 +425,12 @@ def test_only_a_label_that_is_true_or_false_is_one_of_ktos(
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "label": label}])
     assert loaded(path).train[0].scores == scores
+
+
+def test_nan_in_a_table_is_nothing(tmp_path: Path) -> None:
+    table = pyarrow.table({"prompt": ["p", "q"], "completion": ["a", "b"], "reference": [5.0, float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [prompt.reference for prompt in loaded(tmp_path / "a.parquet").train] == ["5.0", None]
 
 
 def test_columns_name_a_preference(tmp_path: Path) -> None:

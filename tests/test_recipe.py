@@ -267,6 +267,19 @@ stages:
 """
 
 
+UNFIT = [
+    ("by_example", "listwise", "its examples show how one answer is graded"),
+    ("by_example", "pairwise", "its examples show how one answer is graded"),
+    ("helpfulness", "listwise", "it asks for verdicts of how: pointwise, and this stage reads those of how: listwise"),
+    ("helpfulness", "pairwise", "it asks for verdicts of how: pointwise"),
+    ("aspects", "pairwise", "it asks for verdicts of how: pointwise"),
+    ("listwise", "pointwise", "it asks for verdicts of how: listwise"),
+    ("pairwise", "pointwise", "it asks for verdicts of how: pairwise"),
+    ("pairwise", "listwise", "it asks for verdicts of how: pairwise"),
+]
+"""A rubric, and a way of judging that it is not written for."""
+
+
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
@@ -281,6 +294,7 @@ stages:
         (["generate: {model: {teacher: 1, other: 2}}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "pair"], "r.yaml:11: a pair needs two answers"),
         (["generate: {model: teacher, n: 4}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "choose: {best: 1, by: helpfulness}", "pair"], "r.yaml:12: a pair needs two answers"),
         (["generate: {model: teacher, n: 2}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, as: grade}", "pair"], "r.yaml:12: the answers have several scores (grade, helpfulness)"),
+        *((["generate: {model: [teacher, known]}", f"judge: {{model: other, rubric: prompts/rubrics/{rubric}.md, how: {how}}}"], f"r.yaml:10: prompts/rubrics/{rubric}.md: {told}") for rubric, how, told in UNFIT),
         (["generate: {model: known}"], "r.yaml:9: no prompt of asked has a `reference`"),
         (["filter: [finished]"], "r.yaml:6: no row of asked brings an answer"),
         (["generate: {model: teacher, as: here}", "filter: {from: asked, filters: [finished]}"], "r.yaml:6: no row of asked brings an answer"),
@@ -310,6 +324,8 @@ def test_a_stage_that_can_give_no_row_is_found_before_anything_is_asked(
         ["generate: {model: teacher, as: a}", "generate: {model: other, from: asked, as: b}", "judge: {model: other, rubric: prompts/rubrics/helpfulness.md, from: [a, b]}", "pair"],
         ["generate: {model: teacher, logprobs: true, n: 2}", "pair: {score: logprob}"],
         ["evaluate: {students: [teacher]}"],
+        *(["generate: {model: teacher, n: 2}", f"judge: {{model: other, rubric: prompts/rubrics/{rubric}.md, how: {how}}}"] for rubric, how in
+          [("by_example", "pointwise"), ("aspects", "pointwise"), ("listwise", "listwise"), ("pairwise", "pairwise")]),
     ],
 )  # fmt: skip
 def test_what_may_give_rows_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[str]) -> None:
@@ -317,6 +333,30 @@ def test_what_may_give_rows_is_not_refused(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path, '{"prompt": "Why?"}\n{"prompt": "How?"}\n', "asked.jsonl")
     text = SCORED.replace("asked.jsonl}", "asked.jsonl, held_out: 1}") + "".join(f"  - {stage}\n" for stage in stages)
     check(draft(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "judge", "same"),
+    [
+        ("teacher", "teacher", "'teacher'"),
+        ("[teacher, other]", "other", "'other'"),
+        ("teacher", "again", "'teacher'"),
+        ("teacher", "other", None),
+    ],
+)
+def test_a_judge_of_its_own_answers_draws_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, judge: str, same: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, '{"prompt": "Why?"}\n', "asked.jsonl")
+    again = SCORED.replace("  known:", '  again: {type: openai, model: m, base_url: "http://127.0.0.1:9/v1"}\n  known:')
+    stages = (
+        f"  - generate: {{model: {asked}}}\n  - judge: {{model: {judge}, rubric: prompts/rubrics/helpfulness.md}}\n"
+    )
+    told = [line for line in check(draft(write(tmp_path, again + stages))).warnings if "favour their own" in line]
+    assert [f"stages.1.judge: {judge!r} is the same model as {same}" in line for line in told] == (
+        [True] if same else []
+    )
 
 
 def test_a_check_against_references_that_no_prompt_has_is_a_warning(

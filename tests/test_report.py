@@ -86,6 +86,19 @@ def test_what_the_trainer_notes_is_a_warning(tmp_path: Path) -> None:
     assert told["warnings"] == ["08-student: all rows count alike"]
 
 
+def test_each_task_of_a_training_has_its_line(tmp_path: Path) -> None:
+    log = [{"step": i, "loss": 3.0 - i, "loss/rows.v1/label": 2.0 - i, "grad_norm": 9.0} for i in (1, 2)]
+    folder = trained(tmp_path)
+    (folder.path / "training.json").write_text(json.dumps({"rows_trained": 18, "log": log}))
+    told = report.build(finish(tmp_path, [folder]))["training"][0]
+    assert told["tasks"] == ["loss/rows.v1/label"]
+    assert told["curve"] == [{key: value for key, value in point.items() if key != "grad_norm"} for point in log]
+    page = (tmp_path / "report.html").read_text()
+    assert '<polyline class="task" points="0.0,150.0 1000.0,300.0 "><title>loss/rows.v1/label</title>' in page
+    assert "training loss, thin: rows.v1/label" in page
+    assert Page(tmp_path / "report.html").faults() == []
+
+
 def test_a_training_that_diverged_still_has_its_report(tmp_path: Path) -> None:
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": float("nan")}]
     folder = trained(tmp_path)

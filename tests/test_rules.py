@@ -1,6 +1,7 @@
 """The text rules by tables: rows that trip each, with the reason, and rows just inside; and texts made to be slow."""
 
 import json
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from factory.curate import Curate, curate
+from factory.filters import refusal, trace
 from factory.filters.language import KNOWN, NONE, _identifier
-from factory.filters.personal_data import luhn, masked, mod97, personal_data
+from factory.filters.personal_data import KEY, UNBROKEN, luhn, masked, mod97, personal_data
+from factory.filters.said import longest
 from factory.rows import Message, Sample, by_prompt
 from tests.command import factory, funnel
 from tests.sample_rows import answer, answers, ends, filtered, one_filter, prompt
@@ -172,6 +175,41 @@ def test_no_text_makes_a_rule_slow(text: str) -> None:
     for rule in ("no_refusal", "repetition", "copied_prompt", "leakage", "trace", "personal_data"):
         one_filter(rule).check(to(text, "Explain. " * 10, SYSTEM, reasoning=text))
     assert time.process_time() - before < 10
+
+
+# -- cheap looks before the patterns -------------------------------------------------------------------------------------
+
+LETTERS = st.sampled_from(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZéüß'’ .,!?:;-\n0123456789用户想问要的题我需应该好嗯"
+)
+
+
+@pytest.mark.parametrize("pattern", refusal._CANNOT, ids=range(len(refusal._CANNOT)))
+def test_no_refusal_s_first_look_passes_over_nothing_that_its_patterns_match(pattern: str) -> None:
+    @settings(max_examples=5, suppress_health_check=list(HealthCheck))
+    @given(st.from_regex(re.compile(pattern, re.IGNORECASE), alphabet=LETTERS))
+    def holds(text: str) -> None:
+        assert refusal._OPENS.match(text.lower())
+
+    holds()
+
+
+@pytest.mark.parametrize("cue", trace._CUES)
+def test_each_cue_of_a_trace_holds_one_of_its_hints(cue: str) -> None:
+    _, hints, pattern = trace._CUES[cue]
+
+    @settings(max_examples=50)
+    @given(st.from_regex(re.compile(pattern, re.IGNORECASE), alphabet=LETTERS))
+    def holds(text: str) -> None:
+        assert any(hint in text.lower() for hint in hints)
+
+    holds()
+
+
+@settings(max_examples=50)
+@given(st.from_regex(KEY))
+def test_keys_stand_in_long_words(text: str) -> None:
+    assert longest(text) >= UNBROKEN or "PRIVATE KEY" in text
 
 
 # -- personal data -----------------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_the_truth_stands_once_beside_the_answers_of_a_prompt() -> None:
         ({"tasks": []}, "nothing of the teacher's"),
         ({"tasks": ["answer", "label"]}, "either answer"),
         ({"tasks": ["label"], "reasoning": "keep"}, "reasoning: keep"),
-        ({"tasks": {"answer": 0}}, "greater than 0"),
+        ({"tasks": {"answer": 0}}, "every weight is 0"),
         ({"answer_after": ""}, "at least 1"),
     ],
 )

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from factory import launch
 from factory import train as stage
 from factory.errors import EngineError, RecipeError
 from factory.train import Train, check_args
@@ -91,6 +92,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     shutil.copytree(folder, place / "padded")
     padded.save_pretrained(place / "padded")
     rows = [sft_row(i) for i in range(8)]
+    weighted = [row | {"weight": 0.5} for row in rows]
     template = {"chat_template_path": str(place / "template.jinja")}
     pairs = [pair(i) for i in range(8)]
     big = tiny_model(place / "big", hidden=128, seed=5)
@@ -99,13 +101,13 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "kto": Ran(place / "kto", folder, pairs, method="kto", args=SMALL),
         "orpo": Ran(place / "orpo", folder, pairs, method="orpo", args=SMALL),
         "simpo": Ran(place / "simpo", folder, pairs, method="simpo", args=SMALL),
-        "gkd": Ran(place / "gkd", folder, rows, big, method="gkd", args=SMALL | {"max_new_tokens": 8}),
+        "gkd": Ran(place / "gkd", folder, weighted, big, method="gkd", args=SMALL | {"max_new_tokens": 8}),
         "gold": Ran(place / "gold", folder, rows, foreign, method="gold", args=SMALL | {"max_completion_length": 8}),
         "gkd, another vocabulary": Ran(place / "other", folder, rows, foreign, method="gkd", args=SMALL),
         "sft": Ran(place / "sft", place / "padded", [*rows, sft_row(9, "blue " * 80)], method="sft", args=SMALL | {"num_train_epochs": 2}),
         "dpo": Ran(place / "dpo", folder, pairs, method="dpo", args=SMALL),
-        "lora": Ran(place / "lora", bare, [row | {"weight": 0.5} for row in rows], method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "4bit": Ran(place / "4bit", folder, rows, method="sft", lora={"r": 4, "alpha": 8, "load_in_4bit": True}, args=SMALL),
+        "lora": Ran(place / "lora", bare, weighted, method="sft", lora={"r": 4, "alpha": 8}, args=SMALL | template),
         "crash": Ran(place / "crash", folder, rows, method="sft", args={"optim": "no_such_optimizer"}),
         "rising": Ran(place / "rising", folder, rows, method="sft", args=SMALL | {"learning_rate": 1e9, "num_train_epochs": 20}),
         "refused": Ran(place / "refused", folder, [pair(0), pair(1, "same", "same")], method="dpo"),
@@ -186,9 +188,9 @@ def test_an_adapter_over_4_bits_is_merged_into_whole_weights(ran: Any, folder: P
     assert (after[f"{name}.weight"] - grown).abs().max() < 1e-5
 
 
-def test_it_is_told_that_weights_are_not_used(ran: Any) -> None:
-    _, result = ran["lora"]
-    assert result.result()["notes"] == ["the rows have weights, which this trainer does not use: all rows count alike"]
+def test_it_is_told_where_weights_are_not_used(ran: Any) -> None:
+    assert ran["gkd"][1].result()["notes"] == ["the rows have weights, which sft alone uses: all rows count alike"]
+    assert ran["lora"][1].result()["notes"] == []
     assert ran["dpo"][1].result()["notes"] == []
 
 
@@ -528,11 +530,13 @@ def test_known_arguments_are_those_of_the_installed_trl(method: str, monkeypatch
 
 
 @pytest.mark.parametrize(("visible", "processes"), [("0,1", 2), ("2, 5,7", 3), ("0", 1), ("", 1), ("-1", 1)])
-def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, visible: str, processes: int) -> None:
+def test_several_gpus_go_through_accelerate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str, processes: int
+) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    python, *command = stage._launcher()
+    python, *command = launch.command(None, tmp_path)
     assert python == sys.executable
     if processes == 1:
         assert command == ["-m", "factory.trainers.job"]
@@ -546,11 +550,11 @@ def test_several_gpus_go_through_accelerate(monkeypatch: pytest.MonkeyPatch, vis
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert stage._launcher() == [sys.executable, "-m", "factory.trainers.job"]
+    assert launch.command(None, tmp_path) == [sys.executable, "-m", "factory.trainers.job"]
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
     tool.chmod(0o755)
-    assert "--num_processes 2" in " ".join(stage._launcher())
+    assert "--num_processes 2" in " ".join(launch.command(None, tmp_path))
 
 
 def test_trackers_keep_their_settings_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

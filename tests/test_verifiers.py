@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from factory.curate import Curate, row_filters
 from factory.filters.code import program, walls
-from factory.filters.isolated import Broken, Isolated
+from factory.filters.isolated import CORES, Broken, Isolated, isolated
 from factory.filters.reference import compare
 from tests.command import funnel, report, typed
 from tests.command import told as refused
@@ -79,13 +79,34 @@ def test_a_child_that_hangs_is_ended_and_one_that_dies_is_replaced() -> None:
         verifier.ask(answer="1", reference="1")
     verifier.limit_s = 15
     assert verifier.ask(answer="1", reference="1")["same"]
-    assert verifier.child is not None
-    child = verifier.child.process
+    (idle,) = verifier.idle
+    child = idle.process
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(Broken, match="verifier_crashed"):
         verifier.ask(answer="1", reference="1")
     assert child.poll() == -signal.SIGKILL
     assert verifier.ask(answer="2", reference="1") == {"known": True, "read": "2", "same": False}
+
+
+def test_several_are_asked_at_once_in_order_and_a_killed_child_costs_one_row() -> None:
+    rows = [answer(f"${i}$", prompt(f"question {i}", reference=str(i // 2 * 2))) for i in range(60)]
+    done = filtered([{"matches_reference": {"how": "math"}}], rows)
+    assert [row.prompt.text for row in done] == [row.prompt.text for row in rows]
+    assert ends(done) == ["", *(f"wrong:{i}" if i % 2 else "" for i in range(1, 60))]
+    idle = isolated("math").idle
+    assert min(2, CORES) <= len(idle) <= CORES
+    os.kill(idle[-1].process.pid, signal.SIGKILL)
+    idle[-1].process.wait()
+    reasons = ends(filtered([{"matches_reference": {"how": "math"}}], rows[::2]))
+    assert len([reason for reason in reasons if reason.startswith("verifier_crashed")]) == 1
+    assert reasons.count("") == 29
+
+
+def test_children_of_a_pool_outlive_the_stage_that_started_them() -> None:
+    """Linux ends a child with the thread that started it."""
+    for _ in range(3):
+        rows = [answer("1", prompt(f"question {i}", reference="1")) for i in range(20)]
+        assert ends(filtered([{"matches_reference": {"how": "math"}}], rows)) == [""] * 20
 
 
 # -- reasoning tasks -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from factory.filters.reference import MatchesReference
 from factory.filters.refusal import NoRefusal
 from factory.filters.repetition import Repetition
 from factory.filters.rules import Finished, Ratio, Tokens, Words
+from factory.filters.semantic import SemanticDuplicates
 from factory.filters.shapes import GroupFilter, Judge, Kit, Look, RowFilter, SetFilter
 from factory.filters.threshold import Threshold
 from factory.filters.trace import Trace
@@ -31,7 +32,8 @@ from factory.knobs import one_key
 
 Filter: TypeAlias = (
     Finished | Words | Tokens | Ratio | Language | NoRefusal | Repetition | CopiedPrompt | Leakage | Trace | PersonalData
-    | Format | MatchesReference | Code | ReasoningGym | Threshold | ExactDuplicates | NearDuplicates | Contamination
+    | Format | MatchesReference | Code | ReasoningGym | Threshold | ExactDuplicates | NearDuplicates | SemanticDuplicates
+    | Contamination
 )  # fmt: skip
 FilterKnob: Any = one_key(Filter)
 AnyVerifier: TypeAlias = MatchesReference | Code | ReasoningGym

@@ -13,6 +13,8 @@ as "answer with one letter", and point to no item. What is kept in memory is the
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -20,7 +22,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from factory.errors import RecipeError
 from factory.filters.shapes import GroupFilter, Kit
 from factory.knobs import Knobs
-from factory.prompt_files import Find, read
+from factory.prompt_files import Find, is_hub_id, read
 from factory.prompt_rows import Column, Unreadable, prompt_reader
 from factory.recipe_file import find
 from factory.rows import Sample, Verdict
@@ -123,14 +125,33 @@ class Text(NamedTuple):
     is_question: bool
 
 
-def items(one: Benchmark, find: Find) -> Iterator[Text]:
-    """The questions and answers of a benchmark's file; RecipeError, with file and line, where it cannot be read."""
-    as_prompt = prompt_reader(one.columns, one.path)
+def items(one: Benchmark, find: Find) -> list[Text]:
+    """The questions and answers of a benchmark's file; RecipeError, with file and line, where it cannot be read.
+
+    `check`, a run's beginning and the filter want them: a file is read once, and again when it has changed.
+    """
+    stamp = None
+    if not is_hub_id(one.path, find):
+        with suppress(OSError):
+            found = find(one.path).stat()
+            stamp = f"{found.st_mtime_ns} {found.st_size} {found.st_ino}"
+    return _items(one.path, one.split, tuple(one.columns.items()), find, stamp)
+
+
+@lru_cache(maxsize=32)
+def _items(
+    path: str, split: str | None, columns: tuple[tuple[Column, str], ...], find: Find, stamp: str | None
+) -> list[Text]:
+    return list(_read(path, split, dict(columns), find))
+
+
+def _read(path: str, split: str | None, columns: dict[Column, str], find: Find) -> Iterator[Text]:
+    as_prompt = prompt_reader(columns, path)
     none = True
-    for line, row in read(one.path, one.split, find):
+    for line, row in read(path, split, find):
         if row is None:
             continue
-        place = f"{one.path}:{line}"
+        place = f"{path}:{line}"
         try:
             prompt = as_prompt(row, place)
         except Unreadable as e:
@@ -141,7 +162,7 @@ def items(one: Benchmark, find: Find) -> Iterator[Text]:
             if answer and len(told := words(answer)) >= ANSWER:
                 yield Text(place, told, False)
     if none:
-        raise RecipeError(f"{one.path}: there are no items in it")
+        raise RecipeError(f"{path}: there are no items in it")
 
 
 class Items:

@@ -3,6 +3,7 @@
 | filter | default | source |
 |---|---|---|
 | exact_duplicates | equal after case, punctuation and blanks are levelled | - |
+| semantic_duplicates | `semantic.py` | - |
 | near_duplicates | estimated Jaccard of word bigrams >= 0.7, 128 permutations | FineWeb: 0.75 on 5-grams of pages; answers are short |
 
 How alike two answers are is told by `similar.py`. What is kept in memory are signatures, not texts.
@@ -49,42 +50,46 @@ class Duplicates(SetFilter):
         if self.by is not None:
             return self._start_best(self.by, look)
         claim = self.claims()
-        return lambda samples: [self._verdict(claim(self.signature(s), s.id)) for s in samples]
+        return lambda samples: [self.verdict(claim(self.signature(s), s.id)) for s in samples]
 
     def _start_best(self, by: str, look: Look) -> Judge:
         """Read all rows once and let them claim in the order of their scores; the rest are dropped when they come."""
-        scored = [
+        ranked = [
             (-score, place, key, self.signature(sample))
-            for place, (sample, score, key) in enumerate(_scored(by, chain.from_iterable(look()), Counter()))
+            for place, (sample, score, key) in enumerate(scored(by, chain.from_iterable(look()), Counter()))
             if score is not None
         ]
-        scored.sort(key=lambda row: row[:2])
+        ranked.sort(key=lambda row: row[:2])
         claim = self.claims()
-        twins = {key: twin for _, _, key, signature in scored if (twin := claim(signature, key[0])) is not None}
+        twins = {key: twin for _, _, key, signature in ranked if (twin := claim(signature, key[0])) is not None}
         seen: Counter[str] = Counter()
 
         def judge(samples: list[Sample]) -> list[Verdict]:
             return [
-                self.cannot_tell(f"no_score:{by}") if score is None else self._verdict(twins.get(key))
-                for _, score, key in _scored(by, samples, seen)
+                self.no_score() if score is None else self.verdict(twins.get(key))
+                for _, score, key in scored(by, samples, seen)
             ]
 
         return judge
 
-    def _verdict(self, twin: Twin | None) -> Verdict:
+    def no_score(self) -> Verdict:
+        return self.cannot_tell(f"no_score:{self.by}")
+
+    def verdict(self, twin: Twin | None) -> Verdict:
         return self.keep() if twin is None else self.drop(self.reason(twin), score=twin.similarity, evidence=twin.id)
 
     def reason(self, twin: Twin) -> str:
         raise NotImplementedError
 
 
-def _scored(
-    by: str, samples: Iterator[Sample] | list[Sample], seen: Counter[str]
+def scored(
+    by: str | None, samples: Iterator[Sample] | list[Sample], seen: Counter[str]
 ) -> Iterator[tuple[Sample, float | None, tuple[str, int]]]:
-    """Each sample with its score and a key of its own: its id, and how often that came (a union may bring it twice)."""
+    """Each sample with its score (0 where nothing ranks them) and a key of its own: its id, and how often that came: a
+    union may bring it twice."""
     for sample in samples:
         seen[sample.id] += 1
-        yield sample, sample.value(by), (sample.id, seen[sample.id])
+        yield sample, 0.0 if by is None else sample.value(by), (sample.id, seen[sample.id])
 
 
 class ExactDuplicates(Duplicates):

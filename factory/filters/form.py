@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from factory.filters.pattern import Pattern, Undecided
 from factory.filters.shapes import RowFilter
@@ -23,8 +24,14 @@ class Format(RowFilter):
     full: bool = True
     json_schema: dict[str, Any] | None = None
     sections: list[str] = Field([], max_length=50)
-    _pattern: Pattern | None = PrivateAttr(None)
-    _validate: Callable[[Any], Any] | None = PrivateAttr(None)
+
+    @cached_property
+    def _pattern(self) -> Pattern | None:
+        return None if self.pattern is None else Pattern(self.pattern)
+
+    @cached_property
+    def _validate(self) -> Callable[[Any], Any] | None:
+        return None if self.json_schema is None else _validator(self.json_schema)
 
     @field_validator("pattern")
     @classmethod
@@ -35,8 +42,7 @@ class Format(RowFilter):
     def _ready(self) -> Self:
         if self.pattern is None and self.json_schema is None and not self.sections:
             raise ValueError("give pattern, json_schema or sections")
-        self._pattern = Pattern(self.pattern) if self.pattern is not None else None
-        self._validate = _validator(self.json_schema) if self.json_schema is not None else None
+        _ = self._validate  # a wrong schema is found before anything is sent
         return self
 
     def check(self, sample: Sample) -> Verdict:

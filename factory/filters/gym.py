@@ -21,8 +21,13 @@ class ReasoningGym(Extracting):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     min: float = Field(1.0, gt=0, le=1)
 
+    @property
+    def apart(self) -> bool:
+        return True
+
     def open(self, kit: Kit) -> Self:
         lacking("reasoning_gym", "the filter reasoning_gym")
+        isolated("reasoning_gym")  # before threads ask for it
         return self
 
     def check(self, sample: Sample) -> Verdict:

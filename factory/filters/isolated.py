@@ -1,4 +1,4 @@
-"""Checks by libraries that may hang or crash, in a child process, each under a time limit.
+"""Checks by libraries that may hang or crash, in child processes, one for each core, each check under a time limit.
 
 sympy can compute for ever, and a deep recursion takes its process along. Such a child is ended and another one started
 for the next answer: the row is missing, not wrong. Memory is limited, too.
@@ -8,9 +8,12 @@ import json
 import os
 import re
 import sys
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from factory.child import Child, ChildEnded, die_with_parent
 from factory.errors import EngineError, RecipeError
@@ -24,6 +27,10 @@ PACKAGES = {"math": ("math_verify", "verify"), "reasoning_gym": ("reasoning_gym"
 """What each job needs, and the extra that brings it."""
 
 
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+
 class Broken(Exception):
     """No answer came; the message is a verdict's reason."""
 
@@ -35,30 +42,35 @@ def lacking(job: str, by: str) -> None:
         raise RecipeError(f"{by} needs {package}: pip install 'distillation-factory[{extra}]'")
 
 
-@lru_cache
+@cache
 def isolated(job: str) -> "Isolated":
-    """The one child of this process for a job."""
+    """The children of this process for a job."""
     return Isolated(job)
 
 
 class Isolated:
-    """A child that answers one question after another."""
+    """Children that answer one question after another; each thread that asks has one to itself."""
 
     def __init__(self, job: str, limit_s: float = LIMIT_S) -> None:
         self.job, self.limit_s = job, limit_s
-        self.child: Child | None = None
+        self.idle: list[Child] = []
         self._useless: EngineError | None = None
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """What the job says; Broken where it takes too long or dies."""
-        child = self.child = self.child or self._started()
+        """What the job says; Broken where it takes too long or its child dies, which costs this question alone."""
+        try:
+            child = self.idle.pop()  # one step, whichever threads ask
+        except IndexError:
+            child = self._started()
         try:
             told: dict[str, Any] = child.ask(question, self.limit_s)
-        except (TimeoutError, ChildEnded) as e:
-            self.child = None
+        except BaseException as e:
             child.close()
+            if not isinstance(e, TimeoutError | ChildEnded):
+                raise
             late = isinstance(e, TimeoutError)
             raise Broken(f"verifier_timeout={self.limit_s:g}s" if late else f"verifier_crashed:{e}"[:200]) from None
+        self.idle.append(child)
         if "error" in told:
             raise Broken(f"verifier_error:{told['error']}")
         return told
@@ -75,6 +87,32 @@ class Isolated:
             self._useless = EngineError(f"{self.job}: the verifier does not start: {e}")
             raise self._useless from None
         return child
+
+
+CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+AHEAD = 4
+"""Items for each core that are read before the first of them is done."""
+
+
+@cache
+def _crew() -> ThreadPoolExecutor:
+    """Threads that wait for children. They stay: Linux ends a child with the thread that started it."""
+    return ThreadPoolExecutor(CORES, thread_name_prefix="verifier")
+
+
+def together(do: Callable[[Item], Done], items: Iterable[Item]) -> Iterator[Done]:
+    """`do` of each item, in their order; as many at once as there are cores."""
+    waiting: deque[Future[Done]] = deque()
+    try:
+        for item in items:
+            waiting.append(_crew().submit(do, item))
+            if len(waiting) >= AHEAD * CORES:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for one in waiting:
+            one.cancel()
 
 
 # -- in the child ------------------------------------------------------------------------------------------------------

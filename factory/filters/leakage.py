@@ -37,10 +37,17 @@ def copied(part: str, whole: str, at_least: float) -> float:
     count = len(words) - GRAM + 1
     if count < 1 or len(known) < GRAM:
         return 0.0
-    if sum(map(set(known).__contains__, words)) < at_least * count:
-        return 0.0  # a gram that is known has known words
+    shared = set(known).intersection(words)
+    met = bytes(map(shared.__contains__, words))
+    if met.count(1) < at_least * count or _windows(met) < at_least * count:
+        return 0.0  # a gram that is known has known words alone
     grams = set(_grams(known))
     return sum(map(grams.__contains__, _grams(words))) / count
+
+
+def _windows(met: bytes) -> int:
+    """At how many places GRAM words in a row are met."""
+    return sum(len(run) - GRAM + 1 for run in met.split(b"\0") if len(run) >= GRAM)
 
 
 def _grams(words: list[str]) -> Iterator[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
+from factory.filters.said import longest
 from factory.filters.shapes import RowFilter
 from factory.rows import Sample, Verdict
 
@@ -35,7 +36,7 @@ _EMAIL_SAID = re.compile(
     r"|\b[\w.+-]{1,64} ?[\[(] ?at ?[\])] ?[\w-]+\.[a-z]{2,10}\b",
     re.IGNORECASE,
 )
-_SAID = (" dot ", " DOT ", "dot]", "DOT]", "dot)", "DOT)", "[at", "[AT", "[ at", "(at", "(AT", "( at")
+_SAID = ("dot]", "DOT]", "dot)", "DOT)", "[at", "[AT", "[ at", "(at", "(AT", "( at")
 _RESERVED = re.compile(r"(?:[@.]example\.(?:com|org|net)|\.(?:example|test|invalid|localhost|local))\Z", re.IGNORECASE)
 
 
@@ -44,15 +45,17 @@ def _emails(text: str) -> Iterator[Found]:
         for match in _EMAIL.finditer(text):
             if not _RESERVED.search(match.group()) and not match.group().startswith("git@"):
                 yield Found("email", *match.span())
-    if any(map(text.__contains__, _SAID)):
+    said = ("(" in text or "[" in text) and any(map(text.__contains__, _SAID))
+    if said or " dot " in text or " DOT " in text:
         yield from (Found("email", *match.span()) for match in _EMAIL_SAID.finditer(text))
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
-_DIGIT = re.compile("[0-9]")
+_OTHERS = bytes(byte for byte in range(256) if not chr(byte).isdecimal())
+_NEAR = 7
 _LONG = re.compile(r"[0-9](?:[ ()./-]{0,3}[0-9]){6}")
-"""Seven digits near each other: without them there is no phone, card or account."""
+"""So many digits near each other: without them there is no phone, card or account."""
 _PHONE = re.compile(
     r"""(?<![\w.+-])(?:
       \+[1-9](?:[ ()./-]{0,3}\d){7,14}
@@ -136,7 +139,7 @@ def _ibans(text: str) -> Iterator[Found]:
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
-_KEY = re.compile(
+KEY = re.compile(
     r"""(?<![\w-])(?:
       (?:AKIA|ASIA)[A-Z2-7]{16}(?!\w)
     | gh[pousr]_[A-Za-z0-9]{36,} | github_pat_\w{50,} | glpat-[\w-]{20,} | npm_[A-Za-z0-9]{36} | pypi-AgEI[\w-]{40,}
@@ -153,16 +156,17 @@ _KEY = re.compile(
 )
 _PREFIXES = (
     "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "npm_", "pypi-", "sk-", "gsk_", "hf_", "AIza",
-    "k_live_", "shpat_", "dop_v1_", "SG.", "xox", "xapp-", "eyJ", "hooks.slack", "PRIVATE KEY", "access_key", "ACCESS_KEY",
-    "AccountKey",
+    "k_live_", "shpat_", "dop_v1_", "SG.", "xox", "xapp-", "eyJ", "hooks.slack", "access_key", "ACCESS_KEY", "AccountKey",
 )  # fmt: skip
+UNBROKEN = 20
+"""Characters without a blank in the shortest of them (AKIA ...); private key blocks aside."""
 VARIED = 8
 """Different characters that a real key has at least; a placeholder is xxxx or 0000."""
 
 
 def _keys(text: str) -> Iterator[Found]:
-    if any(map(text.__contains__, _PREFIXES)):
-        for match in _KEY.finditer(text):
+    if (longest(text) >= UNBROKEN and any(map(text.__contains__, _PREFIXES))) or "PRIVATE KEY" in text:
+        for match in KEY.finditer(text):
             if len(set(match.group()[8:])) >= VARIED and "EXAMPLE" not in match.group():
                 yield Found("key", *match.span())
 
@@ -173,7 +177,8 @@ def _keys(text: str) -> Iterator[Found]:
 def personal_data(text: str) -> list[Found]:
     """What a text holds, in its order; where two kinds overlap, the first of: key, e-mail, account, card, phone."""
     found = [*_keys(text), *_emails(text)]
-    if _DIGIT.search(text) and _LONG.search(text):
+    digits = len(text.encode(errors="replace").translate(None, _OTHERS))
+    if digits >= _NEAR and _LONG.search(text):
         found += [*_ibans(text), *_cards(text), *_phones(text)]
     if len(found) < 2:
         return found

@@ -60,9 +60,14 @@ class MatchesReference(Extracting):
     kind: Literal["matches_reference"] = "matches_reference"
     how: Literal["exact", "normalised", "contains", "numeric", "choice", "math"] = "normalised"
 
+    @property
+    def apart(self) -> bool:
+        return self.how == "math"
+
     def open(self, kit: Kit) -> Self:
         if self.how == "math":
             lacking("math", "matches_reference: {how: math}")
+            isolated("math")  # before threads ask for it
         return self
 
     def check(self, sample: Sample) -> Verdict:

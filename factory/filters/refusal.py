@@ -19,7 +19,7 @@ _QUOTED = re.compile(
     r"""[“„«][^“”„»]*(?:[“”»]|$) | "[^"]*(?:"|$) | (?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w) | ^>.*$""",
     re.MULTILINE | re.VERBOSE,
 )
-_QUOTES = re.compile(r"""["“„«>]|(?<!\w)'""")
+_OPENING = re.compile(r"'(?<!\w')")
 _START = r'^[^\w"]*(?:(?:no|oh|hello|hi|well|hmm)\b[\s,.!–—-]+)?'
 _BETWEEN = r"(?:[^.!?\n]{0,80}?|[\s.!,;:—–-]*)"  # the rest of the sentence, or its end
 
@@ -187,19 +187,34 @@ _CUTOFF = [
     r"\bmi (?:conocimiento|base de conocimientos?) (?:llega|se limita|termina|abarca)|\bmis conocimientos (?:llegan|se limitan)",
 ]
 
-_HINTS = {
-    "cannot": (
+_OPENS = re.compile(
+    rf"{_START}(?:i|sorry|unf|regr|my|apol|th|your|goes|viol|breaks|confl|whi|alth|being|as|we|request|our"
+    r"|[^.!?\n]*\bsomething\b)",
+    re.IGNORECASE,
+)
+"""So begins every text that the patterns of "cannot" match."""
+_HINTS: dict[str, list[tuple[str, ...]]] = {
+    "cannot": [(
         "not", "n't", "cant", "wont", "unable", "refuse", "decline", "denied", "lack", "have no", "against", "violates", "breaks",
         "conflicts", "incapable", "impossible", "beyond", "outside", "prevent", "prohibit", "forbid", "inappropriate", "unethical",
         "assistant, i",
-    ),
-    "as_an_ai": ("an ai", "ble ai", "ful ai", "ical ai", "artificial", " model", "ai-", "computer program", "chatbot"),
-    "german": ("nicht", "kein", "ki", "sprachmodell", "künstlich", "ablehnen"),
-    "french": ("je n", "je dois", "je préfère", "m'est", "suis", "en tant qu"),
-    "spanish": ("no p", "no me", "no es", "no so", "no t", "lamento", "debo", "prefiero", "como ", "soy "),
-    "cutoff": ("as of my", "my knowledge", "my training", "mein wissen", "mein kenntnis", "connaissances", "conocimiento"),
+    )],
+    "as_an_ai": [
+        ("as a", "being a", "i'm", "im ", "i am"),
+        ("an ai", "ble ai", "ful ai", "ical ai", "artificial", " model", "ai-", "computer program", "chatbot"),
+    ],
+    "german": [("ich", "mir", "mein"), ("nicht", "kein", "ki", "sprachmodell", "künstlich", "ablehnen")],
+    "french": [("je ", "m'est", "en tant qu"), ("je n", "je dois", "je préfère", "m'est", "suis", "en tant qu")],
+    "spanish": [
+        ("no ", "debo", "soy "),
+        ("no p", "no me", "no es", "no so", "no t", "lamento", "debo", "prefiero", "como ", "soy "),
+    ],
+    "cutoff": [
+        ("my ", "mein ", "connaissances", "conocimiento"),
+        ("as of my", "my knowledge", "my training", "mein wissen", "mein kenntnis", "connaissances", "conocimiento"),
+    ],
 }  # fmt: skip
-"""One of them stands in every text that the patterns match: they are tried on few."""
+"""Every text that the patterns match has one of each group: they are tried on few."""
 
 
 def _compiled(patterns: list[str]) -> list[Callable[[str], re.Match[str] | None]]:
@@ -208,7 +223,8 @@ def _compiled(patterns: list[str]) -> list[Callable[[str], re.Match[str] | None]
     anywhere = [pattern for pattern in patterns if not pattern.startswith(_START)]
     tries: list[Callable[[str], re.Match[str] | None]] = []
     if first:
-        tries.append(re.compile("|".join(first), re.IGNORECASE).match)
+        rest = "|".join(pattern.removeprefix(_START) for pattern in first)
+        tries.append(re.compile(f"{_START}(?:{rest})", re.IGNORECASE).match)
     if anywhere:
         tries.append(re.compile("|".join(anywhere), re.IGNORECASE).search)
     return tries
@@ -227,6 +243,11 @@ _REFUSALS = {
 }
 
 
+def _quotes(text: str) -> bool:
+    """Whether something may be quoted."""
+    return any(map(text.__contains__, '"“„«>')) or ("'" in text and bool(_OPENING.search(text)))
+
+
 class NoRefusal(RowFilter):
     """Drops refusals, and disclaimers of being a machine or of a knowledge cutoff."""
 
@@ -235,8 +256,13 @@ class NoRefusal(RowFilter):
     def check(self, sample: Sample) -> Verdict:
         start = unicodedata.normalize("NFC", sample.response.lstrip()[:WITHIN]).replace("’", "'")
         lowered = start.lower()
-        likely = [name for name, hints in _HINTS.items() if any(map(lowered.__contains__, hints))]
-        own = _QUOTED.sub('""', start) if likely and _QUOTES.search(start) else start
+        likely = [
+            name
+            for name, groups in _HINTS.items()
+            if (name != "cannot" or _OPENS.match(lowered))
+            and all(any(map(lowered.__contains__, one)) for one in groups)
+        ]
+        own = _QUOTED.sub('""', start) if likely and _quotes(start) else start
         for name in likely:
             if found := next(filter(None, (one(own) for one in _REFUSALS[name])), None):
                 return self.drop(f"refusal:{name}", evidence=found.group().strip()[:100])

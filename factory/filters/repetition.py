@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from factory.filters.said import longest, words
 from factory.filters.shapes import RowFilter
 from factory.rows import Sample, Verdict
 
@@ -27,7 +28,7 @@ LONGEST = 60
 LINES = 6
 CHARACTERS = 120
 _CHARACTERS = re.compile(r"(.{1,30}?)\1{3,}", re.DOTALL)
-_MARKS = str.maketrans("", "", ".,;:!?")
+_MARKS = b".,;:!?"
 _NUMBERED = re.compile(r"^\W*\d*[.):]?\s*", re.MULTILINE)
 
 
@@ -40,19 +41,19 @@ class Repetition(RowFilter):
 
     def check(self, sample: Sample) -> Verdict:
         text = sample.response
-        words = text.split()
-        if max(map(len, words), default=0) >= CHARACTERS and (run := _run_of_characters(words)):
+        if longest(text) >= CHARACTERS and (run := _run_of_characters(words(text))):
             return self.drop(f"looping_characters={run}", score=run)
-        words = text.translate(_MARKS).split() or words
-        grams = max(len(words) - 3, 0)
-        repeated = grams - len(set(_grams(words)))
-        if repeated and (loops := _loop(words, range(1, SHORT + 1), repeated)):
+        bare = text.encode(errors="surrogatepass").translate(None, _MARKS).decode(errors="surrogatepass")
+        said = bare.split() or words(text)
+        grams = max(len(said) - 3, 0)
+        repeated = grams - len(set(_grams(said)))
+        if repeated and (loops := _loop(said, range(1, SHORT + 1), repeated)):
             return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
-        if repeated and len(words) >= self.min_words:
+        if repeated and len(said) >= self.min_words:
             if (share := repeated / grams) > self.max_repeated:
-                most = " ".join(Counter(_grams(words)).most_common(1)[0][0])
+                most = " ".join(Counter(_grams(said)).most_common(1)[0][0])
                 return self.drop(f"repeated_4grams={share:.2f}>{self.max_repeated}", score=share, evidence=most)
-            if loops := _loop(words, range(SHORT + 1, LONGEST + 1), repeated):
+            if loops := _loop(said, range(SHORT + 1, LONGEST + 1), repeated):
                 return self.drop(f"{loops[0]}={loops[1]}", score=loops[1])
         if text.count("\n") >= LINES - 1 and (same := _same_lines(text)):
             return self.drop(f"repeated_lines={same[1]}", score=same[1], evidence=same[0][:100])

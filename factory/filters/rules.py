@@ -11,9 +11,9 @@ from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from factory.filters.said import count
 from factory.filters.shapes import Kit, RowFilter
 from factory.rows import Sample, Verdict
-from factory.similar import count_words
 
 
 class Finished(RowFilter):
@@ -60,7 +60,7 @@ class Words(Count):
     kind: Literal["words"] = "words"
 
     def check(self, sample: Sample) -> Verdict:
-        return self.within(count_words(sample.response))
+        return self.within(count(sample.response))
 
 
 class Tokens(Count):
@@ -86,5 +86,5 @@ class Ratio(Bounds):
     kind: Literal["ratio"] = "ratio"
 
     def check(self, sample: Sample) -> Verdict:
-        asked = max(count_words(sample.prompt.text), 1)
-        return self.within(round(count_words(sample.response) / asked, 2))
+        asked = max(count(sample.prompt.text), 1)
+        return self.within(round(count(sample.response) / asked, 2))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self, TypeAlias
 
+from factory.child import Child
 from factory.knobs import Knobs
 from factory.rows import Sample, Verdict
 
@@ -21,6 +22,10 @@ class Kit(Protocol):
 
     def tokenizer(self, name: str | None) -> Callable[[str], int]:
         """Counts a text's tokens as a local model does; None is the recipe's first student."""
+        ...
+
+    def encoder(self, name: str) -> Callable[[], Child]:
+        """Starts a process in which a local model reads texts (`encoder.py`)."""
         ...
 
 
@@ -50,6 +55,11 @@ class Shape(Knobs):
 
 class RowFilter(Shape):
     """Looks at one sample at a time."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether a check waits for a process of its own: then several go on at once."""
+        return False
 
     def check(self, sample: Sample) -> Verdict:
         raise NotImplementedError

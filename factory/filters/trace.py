@@ -6,7 +6,8 @@ Thresholds are ours, set on `tests/labelled`.
 """
 
 import re
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from factory.filters.quotes import asked_for, own_words
 from factory.filters.shapes import RowFilter
@@ -31,26 +32,58 @@ _DOES = (
     r"|mentioned|wrote|said|says|needs?|provided|gave"
     r"|(?:did|does)(?:n['’]t| not)|veut|demande|pregunta|quiere|fragt|möchte|will|meint)"
 )
-# what it adds up to; each cue counts once
+# what it adds up to; each cue counts once: its weight, pieces of which one stands in each text that has it, and its pattern
 _CUES = {
-    "user": (2, rf"\b(?:{_USER}) (?:\w+ )?{_DOES}\b|用户(?:想|问|要|的问题)"),
-    "asked": (2, r"\A\W*we(?: are|'re) asked (?:for|to)\b|\A\W*we (?:need|have) to (?:answer|produce|respond|output|reply)\b"),
-    "opener": (1, r"\A\W*(?:okay|ok|alright|hmm+|got it|wait|well|so|right|bien|d['’]accord|好的|嗯)\b,?"),
-    "label": (1, r"\A\W*(?:thinking|internal monologue|thought(?: process)?|my thought process|reasoning)\b[^\n]{0,12}:"),
-    "plan": (1, r"\bi should (?:say|mention|explain|keep|ask|avoid|note|start|give|write)\b"),
+    "user": (2, ("user", "person", "utilisat", "usuario", "nutzer", "用户"), rf"\b(?:{_USER}) (?:\w+ )?{_DOES}\b|用户(?:想|问|要|的问题)"),
+    "asked": (
+        2,
+        ("we are", "we're", "we need", "we have"),
+        r"\A\W*we(?: are|'re) asked (?:for|to)\b|\A\W*we (?:need|have) to (?:answer|produce|respond|output|reply)\b",
+    ),
+    "opener": (1, ("",), r"\A\W*(?:okay|ok|alright|hmm+|got it|wait|well|so|right|bien|d['’]accord|好的|嗯)\b,?"),
+    "label": (
+        1,
+        ("thinking", "internal monologue", "thought", "reasoning"),
+        r"\A\W*(?:thinking|internal monologue|thought(?: process)?|my thought process|reasoning)\b[^\n]{0,12}:",
+    ),
+    "plan": (1, ("i should",), r"\bi should (?:say|mention|explain|keep|ask|avoid|note|start|give|write)\b"),
     "duty": (
         1,
+        ("should", "need to", "have to", "must", "better", "je dois", "debo", "muss", "我"),
         r"\b(?:i|we)(?:['’]d| had)? (?:should|need to|have to|must|better)\b|\b(?:je dois|debo|muss ich|ich muss)\b|我(?:需要|应该)",
     ),
     "self": (
         1,
+        ("let me", "i recall", "let's", "let’s", "i'll", "i’ll", "i need"),
         r"\blet me (?:recall|check|double-check|think|see|read|go with|write|compute|break|figure|re-?read)\b|\bi recall\b"
         r"|\blet['’]s (?:see|think)\b|\bi['’]ll (?:assume|go with)\b|\bi need to (?:figure|make sure|come up)\b",
     ),
-    "second": (1, r"\bwait[,.] (?:check|let|no|that|actually|is|but|if|maybe)\b|\blet me double-check\b"),
-    "doubt": (1, r"[.?] (?:wait|hmm|maybe|actually)\b|\bwait,|\bmaybe (?:a|too|not)\b|, skip (?:them|it)\b|\bkeep it (?:short|general)\b"),
+    "second": (
+        1,
+        ("wait,", "wait.", "double-check"),
+        r"\bwait[,.] (?:check|let|no|that|actually|is|but|if|maybe)\b|\blet me double-check\b",
+    ),
+    "doubt": (
+        1,
+        (" wait", " hmm", " actually", "wait,", "maybe", ", skip", "keep it"),
+        r"[.?] (?:wait|hmm|maybe|actually)\b|\bwait,|\bmaybe (?:a|too|not)\b|, skip (?:them|it)\b|\bkeep it (?:short|general)\b",
+    ),
 }  # fmt: skip
-_CUE = {name: (weight, re.compile(pattern, re.IGNORECASE)) for name, (weight, pattern) in _CUES.items()}
+
+
+class Cue(NamedTuple):
+    weight: int
+    hints: tuple[str, ...]
+    find: Callable[[str], re.Match[str] | None]
+
+
+def _cue(weight: int, hints: tuple[str, ...], pattern: str) -> Cue:
+    """What stands at the start is sought there alone: a search would try it at each character."""
+    compiled = re.compile(pattern, re.IGNORECASE)
+    return Cue(weight, hints, compiled.match if pattern.startswith(r"\A") else compiled.search)
+
+
+_CUE = {name: _cue(*cue) for name, cue in _CUES.items()}
 _HINTS = (
     "user", "person", "utilisat", "usuario", "nutzer", "let me", "let's", "let’s", "hmm", "wait", "i should", "i need", "we need",
     "we have", "asked", "thought", "thinking", "用户",
@@ -100,10 +133,13 @@ def _deliberates(sample: Sample) -> str | None:
     lowered = start.lower()
     if not any(map(lowered.__contains__, _HINTS)):
         return None
+    likely = {name: cue for name, cue in _CUE.items() if any(map(lowered.__contains__, cue.hints))}
+    if sum(cue.weight for cue in likely.values()) < ENOUGH:
+        return None
     own = own_words(start).lstrip()
-    found = {name: match for name, (_, cue) in _CUE.items() if (match := cue.search(own))}
+    found = {name: match for name, cue in likely.items() if (match := cue.find(own))}
     if "user" in found and re.search(r"\buser|customer|ticket\b|monologue", sample.prompt.text, re.IGNORECASE):
         return None
-    if sum(_CUE[name][0] for name in found) < ENOUGH:
+    if sum(_CUE[name].weight for name in found) < ENOUGH:
         return None
     return ", ".join(match.group().strip() for match in found.values())[:100]

@@ -14,6 +14,7 @@ from factory.errors import FactoryError
 from factory.rows import kind_of
 from factory.train import REFUSED
 from factory.trainers.distill import gkd, gold
+from factory.trainers.lineup import counted, in_order
 from factory.trainers.preference import dpo, kto, orpo, simpo
 from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
 from factory.trainers.setup import Setup
@@ -53,9 +54,24 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     notes = mend_padding(tokenizer, model)
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     kept, aside = preflight(rows, tokenizer, fits(model, tokenizer, args))
-    if any(row.get("weight", 1.0) != 1.0 for row in kept):
-        notes.append("the rows have weights, which this trainer does not use: all rows count alike")
-    setup = Setup(model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu))
+    kept, unweighed = counted(kept, job["weights_of_tags"])
+    aside += unweighed
+    if job["order"]:
+        kept, told_of_order = in_order(kept, job["order"], tokenizer)
+        args["train_sampling_strategy"], notes = "sequential", notes + told_of_order
+    if job["method"] != "sft" and any(row.get("weight", 1.0) != 1.0 for row in kept):
+        notes.append("the rows have weights, which sft alone uses: all rows count alike")
+    setup = Setup(
+        model,
+        tokenizer,
+        kept,
+        args,
+        peft,
+        Watch(told),
+        _teacher(job, on_gpu),
+        job["weights_of_tags"],
+        Path(job["cache"]),
+    )
     trainer = TRAINERS[job["method"]](setup)
     wanted = sum(2 if job["method"] == "kto" and "chosen" in row else 1 for row in kept)
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
@@ -65,20 +81,22 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     if first:
         (out / "set_aside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aside))
         (out / "preview.json").write_text(json.dumps(preview(kept, tokenizer)))
-    started = time.monotonic()
+    started, computed = time.monotonic(), time.process_time()
     checkpoint = last_checkpoint(Path(job["checkpoints"]))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - computed
+    shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes give their part
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shared else None
     if not first:
         return
-    _save(trainer, tokenizer, out, job)
+    _save(trainer, tokenizer, out, weights, job)
     history = trainer.state.log_history
     tokens = next((int(logs["num_tokens"]) for logs in reversed(history) if "num_tokens" in logs), 0)
     facts = {
         "method": job["method"], "rows_in": len(rows), "rows_trained": len(kept),
         "rows_set_aside": Counter(kind_of(row["reason"]) for row in aside), "tokens": tokens,
         "steps": int(trainer.state.global_step), "resumed_at": int(checkpoint.name.split("-")[1]) if checkpoint else None,
-        "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
         "log": [entry(logs, logs["step"]) for logs in history if "loss" in logs], "notes": notes,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "args": job["args"],
     }  # fmt: skip
@@ -171,7 +189,7 @@ def peft_of(lora: dict[str, Any] | None) -> Any:
     )
 
 
-def _save(trainer: Any, tokenizer: Any, out: Path, job: dict[str, Any]) -> None:
+def _save(trainer: Any, tokenizer: Any, out: Path, weights: Any, job: dict[str, Any]) -> None:
     """A plain folder that transformers and vLLM load, whose answers end by themselves; the adapter beside it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if lora := job["lora"]:
@@ -182,7 +200,7 @@ def _save(trainer: Any, tokenizer: Any, out: Path, job: dict[str, Any]) -> None:
     all_ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(all_ends) if len(all_ends) > 1 else tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out / "model")
+    model.save_pretrained(out / "model", state_dict=weights)
     tokenizer.save_pretrained(out / "model")
 
 

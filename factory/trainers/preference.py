@@ -4,8 +4,13 @@ DPO and KTO compare with a reference, the student that they start from (with LoR
 (Hong et al. 2024, arXiv 2403.07691) and SimPO (Meng et al. 2024, arXiv 2405.14734) need none.
 """
 
+import contextlib
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
+from factory.rows import digest
 from factory.trainers.preflight import Tokens, tokenise
 from factory.trainers.setup import Setup, same
 
@@ -18,8 +23,14 @@ def dpo(s: Setup) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     data = Dataset.from_list([{name: row[name] for name in ("prompt", *SIDES)} for row in s.rows])
+    args = s.args
+    if args.get("precompute_ref_log_probs") and s.kept is not None:
+        data = _on_disk(data, s.rows, s.kept / "reference")
+        args = args | {
+            "max_length": None
+        }  # the preflight kept it; TRL's own look at it would put all args into the name
     trainer = DPOTrainer(
-        model=s.model, args=DPOConfig(**s.args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
+        model=s.model, args=DPOConfig(**args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
         callbacks=[s.callback],
     )  # fmt: skip
     made = trainer.train_dataset.select(range(len(s.first_rows)))
@@ -27,6 +38,21 @@ def dpo(s: Setup) -> Any:
         theirs = (_joined(row["prompt_ids"], row[f"{side}_ids"]) for row in made)
         same(s.first_rows, (tokenise(row["prompt"], row[side], s.tokenizer) for row in s.first_rows), theirs)
     return trainer
+
+
+def _on_disk(data: Any, rows: list[dict[str, Any]], folder: Path) -> Any:
+    """The pairs as a file: TRL writes the reference's log-probabilities beside it, under a name made of pairs and weights,
+    and finds them there after a kill, and in trainings with another `beta` or loss."""
+    from datasets import load_from_disk
+
+    place = folder / digest([[row["prompt"], row["chosen"], row["rejected"]] for row in rows])
+    if not place.exists():
+        making = folder / f"{place.name}.{os.getpid()}"
+        data.save_to_disk(making)
+        with contextlib.suppress(OSError):  # another process was first
+            making.rename(place)
+        shutil.rmtree(making, ignore_errors=True)
+    return load_from_disk(place)
 
 
 def kto(s: Setup) -> Any:

@@ -1,6 +1,7 @@
 """What every trainer is given, and the proof that what TRL makes of it is what the preflight saw."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from factory.trainers.preflight import Refused, Tokens
@@ -10,7 +11,8 @@ LOOKED_AT = 50
 
 
 class Setup(NamedTuple):
-    """A training before its trainer: `rows` passed the preflight, `args` are TRL's, `teacher` a local model or None."""
+    """A training before its trainer: `rows` passed the preflight, `args` are TRL's, `teacher` a local model or None,
+    `classes` the weights of tags, `kept` a folder for what other trainings can use."""
 
     model: Any
     tokenizer: Any
@@ -19,6 +21,8 @@ class Setup(NamedTuple):
     peft: Any
     callback: Any
     teacher: Any = None
+    classes: dict[str, float] = {}
+    kept: Path | None = None
 
     @property
     def first_rows(self) -> list[dict[str, Any]]:

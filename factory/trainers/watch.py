@@ -41,7 +41,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def entry(logs: dict[str, Any], step: int) -> dict[str, Any]:
     """Of what TRL logs, what is kept for the report."""
-    return {"step": step, **{name: float(logs[name]) for name in LOGGED if name in logs}}
+    names = [*LOGGED, *(name for name in logs if name.startswith("loss/"))]  # those of tasks
+    return {"step": step, **{name: float(logs[name]) for name in names if name in logs}}
 
 
 class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]

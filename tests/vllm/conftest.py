@@ -27,6 +27,7 @@ def _cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+        patch.setenv("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # one for all other tests
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 

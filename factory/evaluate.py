@@ -201,4 +201,6 @@ async def evaluate(
     if harness is not None:
         local = {model.name: model.role for model in scored if model.role != "teacher"}
         found["lm_eval"] = run_tasks(harness, local, examiner.models, examiner.seed)
+        if not found["lm_eval"]["rows"]:
+            found["notes"].append("lm_eval: no task was run, since none of the models is local")
     return found, answers

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from factory.findings import findings
+from factory.harness import Harness, LmEval, run_tasks
+from factory.models import Models
+from factory.teachers.openai import OpenAI
+from factory.teachers.transformers import Transformers
 from tests.command import factory, folder, recipe, report, told, typed
+from tests.server import in_thread
 from tests.tiny import saying_model
 
 ITEMS = 12
@@ -27,50 +32,54 @@ def tasks(where: Path) -> Path:
 
 
 STAGES = """\
-  - evaluate: {students: [base], gold: other, max_tokens: 8, lm_eval: {tasks: [colours, say], include_path: tasks, limit: 10}}
+  - evaluate: {students: [teacher], max_tokens: 8, lm_eval: {tasks: [colours, say], include_path: tasks, limit: 10}}
 """
 
 
-def two_models(where: Path) -> None:
-    base, other = saying_model(where / "base", ["it is blue"]), saying_model(where / "other", ["so zebra"])
-    text = recipe("http://127.0.0.1:9/v1", base, STAGES)
-    folder(where, text.replace("  base:", f"  other: {{type: transformers, model: {other}}}\n  base:", 1))
-
-
-def test_tasks_are_run_on_local_models_and_compared_item_by_item(tmp_path: Path) -> None:
-    two_models(tmp_path)
-    tasks(tmp_path / "tasks")
-    done = factory(tmp_path, "run", "recipe.yaml", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr
-    (found,) = report(tmp_path)["lm_eval"]
+def test_tasks_are_run_on_local_models_and_compared_item_by_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    entries = {
+        "base": Transformers(model=str(saying_model(tmp_path / "base", ["it is blue"]))),
+        "other": Transformers(model=str(saying_model(tmp_path / "other", ["so zebra"]))),
+        "far": OpenAI(model="m", base_url="http://127.0.0.1:9/v1"),
+    }
+    knobs = LmEval(tasks=["colours", "say"], include_path=str(tasks(tmp_path / "tasks")), limit=10)
+    roles = {"base": "base", "other": "student", "far": "student"}
+    found = run_tasks(Harness(knobs), roles, Models(entries, None, tmp_path / "runs"), seed=1)
     rows = {(row["role"], row["task"], row["metric"]): row for row in found["rows"]}
-    assert [
-        rows["base", task, metric]["value"] for task, metric in (("colours", "acc,none"), ("say", "exact_match,none"))
-    ] == [1, 1]
-    assert (rows["gold", "say", "exact_match,none"]["value"], rows["gold", "colours", "acc,none"]["value"]) == (0, 0)
+    assert {key: row["value"] for key, row in rows.items()} == {
+        ("base", "colours", "acc,none"): 1, ("base", "say", "exact_match,none"): 1,
+        ("student", "colours", "acc,none"): 0, ("student", "say", "exact_match,none"): 0,
+    }  # fmt: skip
     assert {(row["n"], row["stderr"]) for row in rows.values()} == {(10, 0.0)}
     compared = {c["task"]: c for c in found["comparisons"]}
-    assert (compared["say"]["a"], compared["say"]["b"], compared["say"]["value"], compared["say"]["n"]) == (
-        "other",
-        "base",
-        -1,
-        10,
-    )
-    assert compared["say"]["p_holm"] == pytest.approx(2 * 2 / 2**10)  # two results were looked at
+    say = compared["say"]
+    assert (say["a"], say["b"], say["value"], say["n"]) == ("other", "base", -1, 10)
+    assert say["p_holm"] == pytest.approx(2 * 2 / 2**10)  # two results were looked at
+
+
+def test_a_recipe_names_tasks_and_one_that_does_not_exist_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    tasks(tmp_path / "tasks")
+    with in_thread() as server:
+        folder(tmp_path, recipe(server.url, None, STAGES))
+        wrong = factory(tmp_path, "run", "recipe.yaml", "--set", "stages.0.evaluate.lm_eval.tasks=[nosuch]")
+        assert "there is no task 'nosuch'" in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+        assert (wrong.returncode != 0, server.bodies) == (True, [])
+        done = factory(tmp_path, "run", "recipe.yaml")
+        assert done.returncode == 0, done.stderr
+    whole = report(tmp_path)
+    (found,) = whole["lm_eval"]
+    assert found["rows"] == found["comparisons"] == []
+    assert "lm_eval: no task was run, since none of the models is local" in whole["warnings"]
     assert "Tasks of lm_eval 0.4." in (tmp_path / "runs/tiny/report.html").read_text()
 
 
-def test_a_task_that_there_is_none_of_is_told_before_anything_is_asked(tmp_path: Path) -> None:
-    two_models(tmp_path)
-    (tasks(tmp_path / "tasks") / "say.yaml").unlink()
-    done = factory(tmp_path, "run", "recipe.yaml", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
-    assert done.returncode != 0
-    assert "there is no task 'say'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_missing_package_or_folder_is_told_by_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder(tmp_path, recipe("http://127.0.0.1:9/v1", tmp_path, STAGES.replace("gold: other, ", "")))
+    folder(tmp_path, recipe("http://127.0.0.1:9/v1", tmp_path, STAGES))
     told(typed(tmp_path, "check", "recipe.yaml"), 2, "lm_eval", "there is no folder tasks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     told(typed(tmp_path, "check", "recipe.yaml"), 2, "pip install 'distillation-factory[lm-eval]'")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,24 @@ def test_rows_train_in_the_order_of_a_score(folder: Path, tmp_path: Path) -> Non
     each = [float(loss.detach()) / count for loss, count in losses(folder, rows)[0]]
     assert [entry["loss"] for entry in told["log"]] == pytest.approx([each[i] for i in (1, 3, 0, 2)] * 2, rel=1e-4)
     assert told["notes"] == ["order: 1 of 4 rows have no 'ease'; they come last"]
+
+
+def test_a_loss_may_rise_where_rows_come_in_an_order(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from factory.trainers.preflight import Refused
+    from factory.trainers.watch import Watch
+
+    def rises(strategy: str, last: float) -> None:
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, train_sampling_strategy=strategy)
+        watch = Watch(io.StringIO())
+        for loss in [1.0] * 10 + [4.0] * 9 + [last]:
+            watch.on_log(args, TrainerState(), TrainerControl(), logs={"loss": loss})
+
+    rises("sequential", 4.0)
+    for strategy, last, told in [("random", 4.0, "the loss rises"), ("sequential", math.nan, "no number")]:
+        with pytest.raises(Refused, match=told):
+            rises(strategy, last)
 
 
 ORDERS = [

@@ -67,7 +67,10 @@ class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if state.is_world_process_zero:
             self.told.write(json.dumps({"steps": state.max_steps, **entry(logs, state.global_step)}) + "\n")
         self.losses.append(float(logs["loss"]))
-        if why := diverges(self.losses):
+        in_order = (
+            args.train_sampling_strategy == "sequential"
+        )  # rows may get harder: the last are no measure of the first
+        if why := diverges(self.losses[-1:] if in_order else self.losses):
             shutil.rmtree(args.output_dir, ignore_errors=True)  # to go on from there would end the same way
             raise Refused(
                 f"it diverges: {why} at step {state.global_step}; lower args.learning_rate (now {args.learning_rate:g}), "

@@ -9,7 +9,7 @@ import pytest
 from factory.curate import Curate, curate
 from factory.errors import EngineError
 from factory.models import Models
-from factory.rows import Sample, by_prompt, kind_of
+from factory.rows import Message, Sample, by_prompt, kind_of
 from factory.teachers.transformers import Transformers
 from tests.command import folder, funnel, read_jsonl, told, typed
 from tests.sample_rows import answer, answers, ends, prompt
@@ -118,15 +118,15 @@ def test_draws_of_one_prompt_are_compared_with_each_other_alone(weights: Path) -
 
 
 def test_of_prompts_keeps_all_draws_of_the_question_with_the_best_answer(weights: Path) -> None:
-    one, same, other = prompt("lamp copper"), prompt("lamp  copper"), prompt("winter river stone music")
+    asked = Message(role="user", content="lamp copper")
+    one, same = prompt(turns=[asked]), prompt(turns=[Message(role="system", content="Be brief."), asked])
+    other = prompt("winter river stone music")
     rows = [
         answer(text, to, draw, scores={"good": score})
         for to, scores in ((one, [1, 2]), (same, [0, 3]), (other, [0, 0]))
         for draw, (text, score) in enumerate(zip(["a", "b"], scores, strict=True))
     ]
-    knobs: dict[str, Any] = {"of": "prompts", "threshold": 0.97}
-    kinds = [kind_of(reason) for reason in ends(through(weights, "bert", rows, **knobs))]
-    assert kinds == ["", "", "semantic_duplicate", "semantic_duplicate", "", ""]
+    knobs: dict[str, Any] = {"of": "prompts", "threshold": 0.999}
     kinds = [kind_of(reason) for reason in ends(through(weights, "bert", rows, by="good", **knobs))]
     assert kinds == ["semantic_duplicate", "semantic_duplicate", "", "", "", ""]
 

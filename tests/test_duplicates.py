@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import pytest
@@ -130,6 +130,19 @@ def test_of_prompts_drops_rows_of_a_question_asked_before_and_keeps_all_draws() 
     ended = filtered([{"exact_duplicates": {"of": "prompts"}}], rows)
     assert ends(ended) == ["", "", "duplicate", "duplicate", ""]
     assert ended[2].verdicts[0].evidence == rows[0].id
+
+
+def test_near_prompts_share_their_end_and_the_best_answer_says_which_stays() -> None:
+    one, near, other = prompt(LONG), prompt(LONG + " today"), prompt("another text of quite other words")
+    rows = [
+        answer(f"{i}", to, draw, scores={"q": i}) for i, (to, draw) in enumerate(product([one, near, other], (0, 1)))
+    ]
+    ended = filtered([{"near_duplicates": {"of": "prompts"}}], rows)
+    assert ends(ended) == ["", "", "near_duplicate=0.94", "near_duplicate=0.94", "", ""]
+    assert {row.verdicts[0].evidence for row in ended[2:4]} == {rows[0].id}
+    ended = filtered([{"near_duplicates": {"of": "prompts", "by": "q"}}], rows)
+    assert ends(ended) == ["near_duplicate=0.94", "near_duplicate=0.94", "", "", "", ""]
+    assert {row.verdicts[0].evidence for row in ended[:2]} == {rows[3].id}
 
 
 def test_conversations_are_told_apart_by_all_their_turns() -> None:

@@ -9,7 +9,7 @@ import pytest
 from factory.curate import Curate, curate
 from factory.errors import EngineError
 from factory.models import Models
-from factory.rows import Sample, by_prompt, kind_of
+from factory.rows import Message, Sample, by_prompt, kind_of
 from factory.teachers.transformers import Transformers
 from tests.command import folder, funnel, read_jsonl, told, typed
 from tests.sample_rows import answer, answers, ends, prompt
@@ -117,6 +117,20 @@ def test_draws_of_one_prompt_are_compared_with_each_other_alone(weights: Path) -
     assert [done[i].verdicts[0].evidence for i in (2, 5)] == [rows[0].id, rows[3].id]
 
 
+def test_of_prompts_keeps_all_draws_of_the_question_with_the_best_answer(weights: Path) -> None:
+    asked = Message(role="user", content="lamp copper")
+    one, same = prompt(turns=[asked]), prompt(turns=[Message(role="system", content="Be brief."), asked])
+    other = prompt("winter river stone music")
+    rows = [
+        answer(text, to, draw, scores={"good": score})
+        for to, scores in ((one, [1, 2]), (same, [0, 3]), (other, [0, 0]))
+        for draw, (text, score) in enumerate(zip(["a", "b"], scores, strict=True))
+    ]
+    knobs: dict[str, Any] = {"of": "prompts", "threshold": 0.999}
+    kinds = [kind_of(reason) for reason in ends(through(weights, "bert", rows, by="good", **knobs))]
+    assert kinds == ["semantic_duplicate", "semantic_duplicate", "", "", "", ""]
+
+
 def test_weights_that_are_no_encoder_stop_the_stage(weights: Path) -> None:
     with pytest.raises(EngineError, match=r"encoder has no trained encoder: layers\.1\."):
         through(weights, "cut", answers("a", "b"))
@@ -137,13 +151,13 @@ def test_a_recipe_names_its_encoder_and_other_weights_make_the_step_run_again(we
         '{"q": "1", "a": "A lamp."}\n{"q": "2", "a": "A lamp."}\n{"q": "3", "a": "Rain"}\n'
     )
     (where / "encoder").symlink_to(weights / "bert")
-    told(typed(where, "run", "recipe.yaml"), 0)
+    assert typed(where, "run", "recipe.yaml").returncode == 0
     assert funnel(where)["filter"][:3] == (3, 2, 1)
     (dropped,) = read_jsonl(next((where / "runs/tiny").glob("*filter*/dropped*")))
     assert dropped["verdicts"][0]["reason"] == "semantic_duplicate=1.00"
     (where / "encoder").unlink()
     (where / "encoder").symlink_to(weights / "chat")
-    told(typed(where, "run", "recipe.yaml"), 0)
+    assert typed(where, "run", "recipe.yaml").returncode == 0
     assert len(list((where / "runs/tiny").glob("*filter*"))) == 2
 
 

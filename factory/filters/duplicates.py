@@ -25,13 +25,28 @@ Claim: TypeAlias = Callable[[Any, str], Twin | None]
 
 
 class Duplicates(SetFilter):
-    """What both kinds share: who stays. With `by`, the name of a score or `logprob`, it is the one with the highest.
+    """What all kinds share: who stays. With `by`, the name of a score or `logprob`, it is the one with the highest.
 
-    `within: prompt` compares only the draws of one prompt with each other, which makes them diverse.
+    `of: prompts` compares the questions, and all answers to one of them stay or go. `within: prompt` compares only the draws
+    of one prompt with each other, which makes them diverse.
     """
 
     by: str | None = None
+    of: Literal["completions", "prompts"] = "completions"
     within: Literal["all", "prompt"] = "all"
+
+    @model_validator(mode="after")
+    def _draws_of_a_prompt_share_it(self) -> Self:
+        if self.of == "prompts" and self.within == "prompt":
+            raise ValueError("of: prompts compares prompts, within: prompt the answers to one; write one of the two")
+        return self
+
+    def text(self, sample: Sample) -> str:
+        """What is compared; of a conversation every turn but the system message."""
+        if self.of == "completions":
+            return sample.response
+        turns = [m for m in sample.prompt.messages if m["role"] != "system"]
+        return turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
 
     def signature(self, sample: Sample) -> Any:
         """What is remembered of a row."""
@@ -49,19 +64,26 @@ class Duplicates(SetFilter):
     def _start(self, look: Look) -> Judge:
         if self.by is not None:
             return self._start_best(self.by, look)
-        claim = self.claims()
-        return lambda samples: [self.verdict(claim(self.signature(s), s.id)) for s in samples]
+        claim = _once_a_prompt(self.claims())
+        return lambda samples: [self.verdict(claim(self.signature(s), s.id, self._question(s))) for s in samples]
+
+    def _question(self, sample: Sample) -> str | None:
+        return sample.prompt.id if self.of == "prompts" else None
 
     def _start_best(self, by: str, look: Look) -> Judge:
         """Read all rows once and let them claim in the order of their scores; the rest are dropped when they come."""
         ranked = [
-            (-score, place, key, self.signature(sample))
+            (-score, place, key, self.signature(sample), self._question(sample))
             for place, (sample, score, key) in enumerate(scored(by, chain.from_iterable(look()), Counter()))
             if score is not None
         ]
         ranked.sort(key=lambda row: row[:2])
-        claim = self.claims()
-        twins = {key: twin for _, _, key, signature in ranked if (twin := claim(signature, key[0])) is not None}
+        claim = _once_a_prompt(self.claims())
+        twins = {
+            key: twin
+            for _, _, key, signature, question in ranked
+            if (twin := claim(signature, key[0], question)) is not None
+        }
         seen: Counter[str] = Counter()
 
         def judge(samples: list[Sample]) -> list[Verdict]:
@@ -82,6 +104,20 @@ class Duplicates(SetFilter):
         raise NotImplementedError
 
 
+def _once_a_prompt(claim: Claim) -> Callable[[Any, str, str | None], Twin | None]:
+    """A claim that all rows of a prompt share, where its id is told."""
+    known: dict[str, Twin | None] = {}
+
+    def shared(signature: Any, name: str, prompt: str | None) -> Twin | None:
+        if prompt is None:
+            return claim(signature, name)
+        if prompt not in known:
+            known[prompt] = claim(signature, name)
+        return known[prompt]
+
+    return shared
+
+
 def scored(
     by: str | None, samples: Iterator[Sample] | list[Sample], seen: Counter[str]
 ) -> Iterator[tuple[Sample, float | None, tuple[str, int]]]:
@@ -96,31 +132,20 @@ class ExactDuplicates(Duplicates):
     """Drops answers that were given before, to whatever prompt; `of: prompts` looks at the questions instead."""
 
     kind: Literal["exact_duplicates"] = "exact_duplicates"
-    of: Literal["completions", "prompts"] = "completions"
 
-    @model_validator(mode="after")
-    def _draws_of_a_prompt_share_it(self) -> Self:
-        if self.of == "prompts" and self.within == "prompt":
-            raise ValueError("of: prompts compares prompts, within: prompt the answers to one; write one of the two")
-        return self
-
-    def signature(self, sample: Sample) -> tuple[str, str | None]:
-        """A hash of the text; and for prompts, whose question it is: all answers to one prompt stay."""
+    def signature(self, sample: Sample) -> str:
         if self.of == "completions":
-            return digest(normalised(sample.response)), None
-        turns = [(m["role"], normalised(m["content"])) for m in sample.prompt.messages if m["role"] != "system"]
-        return digest(turns), sample.prompt.id
+            return digest(normalised(sample.response))
+        return digest([(m["role"], normalised(m["content"])) for m in sample.prompt.messages if m["role"] != "system"])
 
     def claims(self) -> Claim:
-        seen: dict[str, tuple[str, str | None]] = {}
+        seen: dict[str, str] = {}
 
-        def claim(signature: tuple[str, str | None], name: str) -> Twin | None:
-            text, prompt = signature
-            if text not in seen:
-                seen[text] = name, prompt
-                return None
-            twin, asked = seen[text]
-            return None if prompt is not None and prompt == asked else Twin(twin, 1.0)
+        def claim(signature: str, name: str) -> Twin | None:
+            if signature in seen:
+                return Twin(seen[signature], 1.0)
+            seen[signature] = name
+            return None
 
         return claim
 
@@ -135,7 +160,7 @@ class NearDuplicates(Duplicates):
     threshold: float = Field(0.7, gt=0, le=1)
 
     def signature(self, sample: Sample) -> Any:
-        return sketch(sample.response)
+        return sketch(self.text(sample))
 
     def claims(self) -> Claim:
         index = Index(self.threshold)

@@ -28,7 +28,7 @@ from factory.stages import Stage
 from factory.train import Train
 
 VERSIONS = {
-    "prompts": 1, "generate": 1, "given": 3, "filter": 3, "judge": 3, "score": 1, "choose": 2, "shape": 3,
+    "prompts": 1, "generate": 1, "given": 3, "filter": 4, "judge": 3, "score": 1, "choose": 2, "shape": 3,
     "pair": 3, "train": 2, "evaluate": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that an old folder is not taken for a new one."""

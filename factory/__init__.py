@@ -28,6 +28,7 @@ The map, in the order that data flows (a file imports only from files above it):
     footprint, summary       size, speed and price; models compared
     gates, evaluate          what must be reached; stage `evaluate`
     recipe, plan, foresight  all stages' knobs as one typed file; which stage reads what; what can come to nothing
+    cautions                 what may stop a right recipe here, or mislead
     naming                   what names a step's folder
     rejects, data_findings, findings, report  what a run shows: sentences, one page, one JSON
     compare                  runs beside the first of them

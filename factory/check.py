@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from factory.cautions import cautions
 from factory.curate import Curate
 from factory.errors import FactoryError, OutageError, RecipeError
 from factory.evaluate import Evaluate
@@ -20,7 +21,7 @@ from factory.mistakes import Problem
 from factory.plan import draw
 from factory.prompt_files import is_hub_id
 from factory.prompts import PromptList, PromptLists, lint, load_one, together
-from factory.recipe import Draft, Recipe, warnings
+from factory.recipe import Draft, Recipe
 from factory.recipe_file import find
 from factory.rubric import load as load_rubric
 from factory.teachers import ModelEntry
@@ -71,7 +72,7 @@ def _look(
 ) -> tuple[list[Problem], list[str], PromptLists]:
     """Problems with their paths in the file, oddities, and the prompts; `read` are those that are known already."""
     assert draft.recipe is not None, "looked at before"
-    recipe, found = draft.recipe, warnings(draft.recipe)
+    recipe, found = draft.recipe, cautions(draft.recipe)
     problems: list[Problem] = []
     if read is None:
         read, unread, odd = _prompts(draft, recipe, fetch)

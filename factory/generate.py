@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 from msgspec.structs import replace
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from factory.ask import Desk, Model
 from factory.asking import AskKnob, Plain
@@ -79,6 +79,8 @@ class Generate(Knobs):
     `fallback` answers where a model failed or refused. `want`: prompts are asked in order until that many rows pass the
     row filters that follow.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)  # JSON has no words for them: a server would take its own values
 
     kind: Literal["generate"] = "generate"
     model: str | list[str] | dict[str, float] = Field(min_length=1)

@@ -57,6 +57,7 @@ class Pace:
         self._slower_at = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._requests, self._tokens = Rate(limits.rpm), Rate(limits.tpm)
+        self._line = asyncio.Lock()
         self._tokens_a_request = 0.0
         self._resume_at = 0.0
         self._unsaid = GAPS_S[0] / 2
@@ -85,14 +86,28 @@ class Pace:
             self._waiting.append(place)
             await place
         self.in_flight += 1
-        delay = max(self._requests.delay(1), self._tokens.delay(self._tokens_a_request))
-        if delay > 0:
-            await asyncio.sleep(delay)
-        while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
-            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        while not await self._turn():
+            pass
         if not self._sent:  # nobody was waiting for it until now
             self.last_heard = time.monotonic()
         self._sent += 1
+
+    async def _turn(self) -> bool:
+        """Wait for the end of a pause and then for the rates; False where another pause has begun meanwhile.
+
+        A turn is taken when it has come and not ahead of a pause: all those that came in it would be used at its end, at once.
+        """
+        while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
+            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        async with self._line:
+            since = time.monotonic()
+            while (delay := max(self._requests.delay(), self._tokens.delay())) > 0:  # noqa: ASYNC110  (the same)
+                await asyncio.sleep(delay)
+            if self._resume_at > time.monotonic():
+                return False
+            self._requests.book(1, since)
+            self._tokens.book(self._tokens_a_request, since)
+        return True
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -259,14 +274,13 @@ class Rate:
         self._seconds_a_unit = 60.0 / per_minute if per_minute else 0.0
         self._free_at = 0.0
 
-    def delay(self, units: float) -> float:
-        """Book `units`; seconds to wait until they may be used."""
-        if not self._seconds_a_unit:
-            return 0.0
-        now = time.monotonic()
-        start = max(now, self._free_at)
-        self._free_at = start + units * self._seconds_a_unit
-        return start - now
+    def delay(self) -> float:
+        """Seconds until the next units may be used."""
+        return max(self._free_at - time.monotonic(), 0.0) if self._seconds_a_unit else 0.0
+
+    def book(self, units: float, since: float) -> None:
+        """Use `units`, waited for since then; that the waiter woke up late puts nobody else off."""
+        self._free_at = max(self._free_at, since) + units * self._seconds_a_unit
 
     def correct(self, units: float) -> None:
         """Book what a request has used beyond (or below) what was booked for it."""

@@ -404,6 +404,7 @@ def test_of_more_than_n_choices_the_first_n_count_and_of_fewer_all() -> None:
         (None, False, 0),
         ("many", False, 0),
         ({"prompt_tokens": 3}, False, 0),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, False, 0),
         ({"prompt_tokens": 3, "completion_tokens": -9}, False, 0),
         ({"prompt_tokens": 3, "completion_tokens": 1e300}, False, 0),
     ],

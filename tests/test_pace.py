@@ -39,6 +39,21 @@ async def test_requests_a_minute_are_spread_evenly(tmp_path: Path) -> None:
         assert arrival - started > 0.05 * place - 0.005
 
 
+async def test_turns_that_fell_into_a_pause_are_not_made_up_for_at_once(tmp_path: Path) -> None:
+    arrived: list[float] = []
+
+    async def script(body: dict, before: int) -> web.StreamResponse | None:
+        arrived.append(time.monotonic())
+        return error(429, "slow down", **{"retry-after": "1"}) if len(arrived) == 2 else None
+
+    async with serving(script) as server:
+        model = model_at(server.url, limits=limits(rpm=1200))  # one every 50 ms
+        await ask(tmp_path, model, asks(model, questions(15)))
+    after = sorted(arrived)[2:]
+    assert after[0] - arrived[1] >= 0.95
+    assert after[-1] - after[0] > 0.05 * (len(after) - 2)
+
+
 async def test_tokens_a_minute_hold_back_by_what_answers_used(tmp_path: Path) -> None:
     async with serving() as server:  # 15 tokens a request: 6000 a minute are 6.7 requests a second
         model = model_at(server.url, limits=limits(tpm=6000, max_concurrency=2))

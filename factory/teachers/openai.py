@@ -164,9 +164,11 @@ def read_completion(
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
         return Failure(reason="missing_choice", detail="the body has no choices")
-    read = [_choice(c, reasoning) for c in choices[:n]]
+    read = [_choice(c, reasoning) for c in choices]
     failed = [c for c in read if isinstance(c, Failure)]
-    good = [c for c in read if isinstance(c, Choice)]
+    good = [c for c in read if isinstance(c, Choice)][
+        :n
+    ]  # of all that came: whoever reads for a larger n finds the same
     usage, counted = _usage(data.get("usage"))
     if not good:
         return msgspec.structs.replace(failed[0], usage=usage if counted else None)
@@ -259,7 +261,7 @@ def told_usage(data: dict[str, Any]) -> Usage | None:
 
 
 def _usage(told: Any) -> tuple[Usage, bool]:
-    """Usage as the server counts it, and whether it can be believed: given, and no less than nothing."""
+    """Usage as the server counts it, and whether it can be believed: given, and of a prompt, which is never nothing."""
     told = told if isinstance(told, dict) else {}
     prompt, completion = _count(told, "prompt_tokens"), _count(told, "completion_tokens")
     if prompt is not None and completion is not None:  # some count reasoning in the total alone, and bill it
@@ -274,7 +276,7 @@ def _usage(told: Any) -> tuple[Usage, bool]:
         reasoning_tokens=_count(told, "completion_tokens_details", "reasoning_tokens") or 0,
         seconds=float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0,
     )
-    return usage, prompt is not None and completion is not None
+    return usage, bool(prompt) and completion is not None
 
 
 def _count(told: dict[str, Any], *path: str) -> int | None:

@@ -136,7 +136,7 @@ def read_chat(
     data = strict_json(body)
     if isinstance(data, Failure):
         return data
-    if isinstance(data, list) and data and isinstance(data[0], dict) and "error" in data[0]:
+    if isinstance(data, list) and data and isinstance(data[0], dict) and data[0].get("error"):
         data = data[0]  # Gemini wraps its errors in a list
     if not isinstance(data, dict):
         return Failure(reason="bad_json", detail=f"the body is no object: {body[:200].decode('utf-8', 'replace')}")

@@ -25,7 +25,7 @@ from factory.tally import Lost, Tally
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
-from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending, for_good
 
 OUTAGE = ("outage", "transport", "timeout", "gateway_timeout", "server_error", "html_page")
 """What an outage looks like from here; each of them may also be one request's bad luck."""
@@ -155,7 +155,8 @@ class Desk:
                 ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
                 self.journal.file(attempt, ends, entry.cost(outcome)).result()
             else:
-                await self.journal.fail(attempt, outcome, entry.cost(outcome))
+                ends = endings(outcome, request.n) if for_good(outcome) else []
+                await self.journal.fail(attempt, outcome, entry.cost(outcome), ends)
 
 
 class _Round:

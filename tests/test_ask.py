@@ -316,6 +316,19 @@ async def test_an_answer_that_is_none_costs_what_the_server_counted_or_else_the_
     assert spent.usd == pytest.approx(10 * each / 1_000_000)
 
 
+async def test_a_refusal_that_nobody_lived_to_read_is_not_asked_again(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        (request,) = asks(model, questions(1), n=2)
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            attempt = await journal.begin("run", request, "0", 0)
+            filtered = chat({"model": "m", "messages": request.messages, "n": 2}, finish="content_filter")
+            await journal.store(attempt, json.dumps(filtered).encode())
+        _, answers = await ask(tmp_path, model, [request])
+    assert texts(answers) == [["filtered_output"] * 2]
+    assert not server.seen
+
+
 async def test_usage_of_nothing_is_not_taken_for_a_free_answer(tmp_path: Path) -> None:
     async def script(body: dict, before: int) -> dict:
         return {**chat(body), "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}

@@ -38,6 +38,8 @@ SILENT_S = 60.0
 BUSY_S = 5.0
 LONG_PAUSE_S = 10.0
 """A teacher that is too busy to answer is named after so long, or at once where it asks for a pause of so long."""
+LOOK_S = 0.25
+"""How often who waits for the rates looks again: an answer that used less than was thought brings a turn forward."""
 QUIET_S = (10.0, 300.0)
 """Between two lines that call it busy: the first gap doubles up to the last one."""
 
@@ -102,7 +104,7 @@ class Pace:
         async with self._line:
             since = time.monotonic()
             while (delay := max(self._requests.delay(), self._tokens.delay())) > 0:  # noqa: ASYNC110  (the same)
-                await asyncio.sleep(delay)
+                await asyncio.sleep(min(delay, LOOK_S))
             if self._resume_at > time.monotonic():
                 return False
             self._requests.book(1, since)

@@ -163,7 +163,8 @@ def read_completion(
         return Failure(reason="wrong_model", detail=detail)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
-        return Failure(reason="missing_choice", detail="the body has no choices")
+        begins = msgspec.json.encode(data)[:200].decode("utf-8", "replace")
+        return Failure(reason="missing_choice", detail=f"the body has no choices; it begins: {begins}")
     read = [_choice(c, reasoning) for c in choices]
     failed = [c for c in read if isinstance(c, Failure)]
     good = [c for c in read if isinstance(c, Choice)][

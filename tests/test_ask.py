@@ -329,6 +329,20 @@ async def test_a_refusal_that_nobody_lived_to_read_is_not_asked_again(tmp_path: 
     assert not server.seen
 
 
+async def test_one_draw_of_several_that_the_server_broke_off_is_asked_again(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        reply = chat(body)
+        if before == 0:
+            reply["choices"][1]["finish_reason"] = "error"
+        return reply
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(1), n=3))
+    assert [isinstance(draw, Choice) for draw in answers[0]] == [True] * 3
+    assert [body.get("n", 1) for body in server.bodies] == [3, 1]
+
+
 async def test_usage_of_nothing_is_not_taken_for_a_free_answer(tmp_path: Path) -> None:
     async def script(body: dict, before: int) -> dict:
         return {**chat(body), "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}

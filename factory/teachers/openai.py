@@ -14,7 +14,7 @@ import msgspec
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers.capabilities import SAMPLING_KEYS, VLLM, Capabilities
 from factory.teachers.entry import BaseUrl, Endpoint
-from factory.teachers.failures import classify
+from factory.teachers.failures import classify, for_good
 from factory.teachers.rate_limits import RateLimits
 from factory.teachers.reasoning import separate
 from factory.teachers.strict import strict_json
@@ -175,6 +175,8 @@ def read_completion(
         return msgspec.structs.replace(failed[0], usage=usage if counted else None)
     if len(choices) == 1 and good[0].tokens is None:
         good = [msgspec.structs.replace(good[0], tokens=usage.completion_tokens or None)]
+    # what may come out well the next time counts as never come: it is asked for again
+    failed = [failure for failure in failed if for_good(failure) or failure.reason == "empty"]
     if served := _served(data, model, echoed):
         good = [msgspec.structs.replace(choice, served=served) for choice in good]
     return Reply(choices=good, usage=usage, model=echoed, failed=failed, counted=counted)

@@ -295,6 +295,7 @@ class _Round:
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
             wait=pause,
+            before_sleep=lambda state: self.pace.put_off(state.upcoming_sleep, state.outcome),
             retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )

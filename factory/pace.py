@@ -13,6 +13,7 @@ import asyncio
 import random
 import time
 from collections import deque
+from typing import Any
 
 from factory.errors import OutageError
 from factory.progress import say
@@ -193,6 +194,14 @@ class Pace:
             self._threshold = self._window = float(max(self.in_flight - too_many, 1))
         elif queue.waiting == 0:
             self._threshold = float("inf")
+
+    def put_off(self, seconds: float, failed: Any) -> None:
+        """One request waits before it is sent again: told now and then where the server asks for long."""
+        now = time.monotonic()
+        if seconds >= SILENT_S and now >= self._quiet_until:
+            why = " ".join(failed.result().detail.split())[:SAID]
+            say(f"models.{self.name}: {why}; its answer asks for {seconds:.0f} s before this request is sent again")
+            self._quiet_until, self._quiet = now + self._quiet, min(2 * self._quiet, QUIET_S[1])
 
     def heed(self, told: RateLimits | None) -> None:
         """Hold still where the headers of a response say that no request, or not enough tokens, are left."""

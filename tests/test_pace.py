@@ -373,6 +373,20 @@ async def test_a_doomed_run_stops_early(tmp_path: Path) -> None:
     assert sum(server.seen.values()) < 200
 
 
+async def test_a_broken_server_that_asks_for_a_long_wait_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def script(body: dict, before: int) -> web.StreamResponse:
+        return error(500, "down for maintenance", **{"retry-after": "900"})
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ask(tmp_path, model, asks(model, questions(5))), 1)
+    told = re.findall(r"models\.teacher: HTTP 500: (.*) for 90\d s before", capfd.readouterr().err)
+    assert told == ["down for maintenance; its answer asks"]
+
+
 async def test_a_few_failures_do_not_stop_a_run(tmp_path: Path) -> None:
     async def script(body: dict, before: int) -> web.StreamResponse | None:
         return error(400, "no such parameter") if body["messages"][-1]["content"].endswith("7") else None

@@ -115,6 +115,10 @@ class Generate(Knobs):
             raise ValueError("temperature: 0 is greedy, so all draws would be the same")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice; to ask it more often, raise n")
+        if self.models == [self.fallback]:
+            raise ValueError(
+                f"fallback: {self.fallback} is the model itself, which has failed by then; name another one"
+            )
         if isinstance(self.model, dict) and (min(self.model.values()) < 0 or sum(self.model.values()) <= 0):
             raise ValueError("weights of models must be 0 or more, and not all 0")
         return self

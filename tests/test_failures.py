@@ -331,6 +331,7 @@ BODY_TABLE: list[tuple[Any, Reason]] = [
     (body("<|start_header_id|>user"), "special_tokens"),
     (body("[INST] next question"), "special_tokens"),
     (body("done</s>"), "special_tokens"),
+    (body("<unused94>thought why<unused95>so"), "special_tokens"),
     (body("<\uff5cend\u2581of\u2581sentence\uff5c>"), "special_tokens"),
     ({"choices": [{"message": "no object", "finish_reason": "stop"}]}, "empty"),
     ({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}, "empty"),

@@ -122,7 +122,7 @@ ENDED = {
 """Other providers' words for what OpenAI calls stop, length, content_filter, in lower case. All others stay as they are."""
 
 SPECIAL_TOKEN = re.compile(
-    r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*\Z"
+    r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<unused\d{1,4}>|</s>\s*\Z"
 )
 
 

@@ -98,7 +98,7 @@ class Generate(Knobs):
     frequency_penalty: float = 0.0
     stop: list[str] = []
     logprobs: bool = False
-    max_tokens: int = Field(1024, gt=0)
+    max_tokens: int = Field(1024, gt=0, le=2**31 - 1)
     beam: BeamKnobs | None = None
     response_format: ResponseFormat = None
     until: Until | None = None

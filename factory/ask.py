@@ -15,7 +15,7 @@ from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, TooManyFailures
 from factory.journal import Journal, answer_keys
-from factory.pace import Pace
+from factory.pace import Pace, Rates
 from factory.progress import Advance, bar, say
 from factory.retry import again, pause, tries
 from factory.rows import FREE, Choice, Failure, Outcome, Reason, Reply, Request, Sampling, endings
@@ -82,6 +82,7 @@ class Desk:
     ) -> None:  # fmt: skip
         self.journal, self.wall, self.run = journal, wall, run
         self.max_failed, self.retry_failed, self.wait = max_failed, retry_failed, wait
+        self.rates: dict[str, Rates] = {}  # by the name of a model, for as long as this lives
 
     async def ask(
         self, model: Model, requests: Iterable[Request], total: int, label: str, flaw: Flaw | None = None,
@@ -167,7 +168,8 @@ class _Round:
     ) -> None:
         self.desk, self.model, self.advance, self.flaw, self.stand_in = desk, model, advance, flaw, stand_in
         self.tally = Tally(planned=total)
-        self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
+        rates = desk.rates.setdefault(model.name, Rates.of(model.entry.limits))
+        self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency, rates)
         self._known = desk.journal.knows(model.identity)  # it has answered before: a refusal now is about one request
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []

@@ -13,7 +13,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from factory.errors import OutageError
 from factory.progress import say
@@ -46,9 +46,12 @@ QUIET_S = (10.0, 300.0)
 
 
 class Pace:
-    """Shared by all requests to one teacher: `enter` before each send, `leave` after it, then one of the verdicts."""
+    """Shared by all requests to one teacher: `enter` before each send, `leave` after it, then one of the verdicts.
 
-    def __init__(self, name: str, limits: Limits, useful: int) -> None:
+    `rates` are those of an earlier round: in a short one of many, all would be sent at once.
+    """
+
+    def __init__(self, name: str, limits: Limits, useful: int, rates: "Rates | None" = None) -> None:
         self.name, self.timeout_s = name, limits.timeout_s
         self.most = min(limits.max_concurrency, useful)
         self.answered = False
@@ -59,7 +62,7 @@ class Pace:
         self._threshold = float("inf")
         self._slower_at = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._requests, self._tokens = Rate(limits.rpm), Rate(limits.tpm)
+        self._requests, self._tokens = rates or Rates.of(limits)
         self._line = asyncio.Lock()
         self._tokens_a_request = 0.0
         self._resume_at = 0.0
@@ -296,3 +299,14 @@ class Rate:
     def correct(self, units: float) -> None:
         """Book what a request has used beyond (or below) what was booked for it."""
         self._free_at += units * self._seconds_a_unit
+
+
+class Rates(NamedTuple):
+    """Both rates of a model."""
+
+    requests: Rate
+    tokens: Rate
+
+    @classmethod
+    def of(cls, limits: Limits) -> "Rates":
+        return cls(Rate(limits.rpm), Rate(limits.tpm))

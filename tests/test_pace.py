@@ -11,8 +11,10 @@ import pytest
 from aiohttp import web
 
 from factory import pace
-from factory.ask import Model
+from factory.ask import Desk, Model
+from factory.budget import Budget, Wall
 from factory.errors import OutageError, TooManyFailures
+from factory.journal import Journal
 from factory.rows import Choice, Failure
 from factory.teachers.entry import Limits
 from factory.teachers.vllm import Vllm
@@ -37,6 +39,18 @@ async def test_requests_a_minute_are_spread_evenly(tmp_path: Path) -> None:
     arrived.sort()
     for place, arrival in enumerate(arrived):  # a slow machine may delay a request, nothing makes one early
         assert arrival - started > 0.05 * place - 0.005
+
+
+async def test_the_rates_hold_over_many_short_rounds(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url, limits=limits(rpm=300))  # one every 200 ms
+        started = time.monotonic()
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            desk = Desk(journal, Wall(Budget(), journal.spent("run")), "run")
+            async with model:
+                for prompt in questions(6):
+                    await desk.ask(model, asks(model, [prompt]), 1, "test")
+    assert time.monotonic() - started > 0.95
 
 
 async def test_turns_that_fell_into_a_pause_are_not_made_up_for_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from factory.batch import Batches, say_left_open
 from factory.budget import Hold, Wall
 from factory.errors import BudgetError, FactoryError, TooManyFailures
 from factory.journal import Journal, answer_keys
-from factory.pace import Pace
+from factory.pace import Pace, Rates
 from factory.progress import Advance, bar, say
 from factory.retry import again, pause, tries
 from factory.rows import FREE, Choice, Failure, Outcome, Reason, Reply, Request, Sampling, endings
@@ -25,7 +25,7 @@ from factory.tally import Lost, Tally
 from factory.teachers import BatchEndpoint, Teacher, batch_endpoint
 from factory.teachers.capabilities import Capabilities
 from factory.teachers.entry import Entry
-from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, RULES, ending, for_good
 
 OUTAGE = ("outage", "transport", "timeout", "gateway_timeout", "server_error", "html_page")
 """What an outage looks like from here; each of them may also be one request's bad luck."""
@@ -82,6 +82,7 @@ class Desk:
     ) -> None:  # fmt: skip
         self.journal, self.wall, self.run = journal, wall, run
         self.max_failed, self.retry_failed, self.wait = max_failed, retry_failed, wait
+        self.rates: dict[str, Rates] = {}  # by the name of a model, for as long as this lives
 
     async def ask(
         self, model: Model, requests: Iterable[Request], total: int, label: str, flaw: Flaw | None = None,
@@ -155,7 +156,8 @@ class Desk:
                 ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
                 self.journal.file(attempt, ends, entry.cost(outcome)).result()
             else:
-                await self.journal.fail(attempt, outcome, entry.cost(outcome))
+                ends = endings(outcome, request.n) if for_good(outcome) else []
+                await self.journal.fail(attempt, outcome, entry.cost(outcome), ends)
 
 
 class _Round:
@@ -166,7 +168,8 @@ class _Round:
     ) -> None:
         self.desk, self.model, self.advance, self.flaw, self.stand_in = desk, model, advance, flaw, stand_in
         self.tally = Tally(planned=total)
-        self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency)
+        rates = desk.rates.setdefault(model.name, Rates.of(model.entry.limits))
+        self.pace = Pace(model.name, model.entry.limits, model.teacher.concurrency, rates)
         self._known = desk.journal.knows(model.identity)  # it has answered before: a refusal now is about one request
         self.error: BaseException | None = None
         self.workers: list[asyncio.Task[None]] = []
@@ -294,6 +297,7 @@ class _Round:
         retrying = tenacity.AsyncRetrying(
             stop=partial(_enough, self.model.entry.limits.max_attempts, Counter()),
             wait=pause,
+            before_sleep=lambda state: self.pace.put_off(state.upcoming_sleep, state.outcome),
             retry=tenacity.retry_if_result(partial(again, request)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )

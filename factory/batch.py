@@ -31,7 +31,7 @@ from factory.rows import FREE, Cost, Failure, Request, Sampling, Usage, endings
 from factory.stored import part
 from factory.teachers import BatchEndpoint, Teacher
 from factory.teachers.entry import Entry
-from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS
+from factory.teachers.failures import ACTIONS, MAYBE_BILLED, STOPS, for_good
 
 LOOK_AGAIN_S = 60.0
 """The longest time between two looks at a batch that is waited for."""
@@ -70,7 +70,7 @@ class Batches:
         self.failures: dict[str, Failure] = {}
         self._answered: dict[str, int] = {}
         self._owed: set[str] = set()
-        self._failed: dict[str, tuple[Failure, int]] = {}
+        self._failed: dict[str, book.Failed] = {}
 
     async def __aenter__(self) -> "Batches":
         return self
@@ -229,7 +229,8 @@ class Batches:
         cost = self.entry.cost(outcome)
         self._release(batch, line.hold, cost)
         if isinstance(outcome, Failure):
-            await self.journal.fail(line.attempt, outcome, cost)
+            ends = endings(outcome, len(line.keys.split())) if for_good(outcome) else []
+            await self.journal.fail(line.attempt, outcome, cost, ends)
             return outcome
         ends = endings(outcome, len(outcome.choices) + len(outcome.failed))
         await asyncio.wrap_future(self.journal.file(line.attempt, ends, cost))
@@ -248,11 +249,12 @@ class Batches:
         """Whether a draw is not to be submitted: an open batch owes it, or it has failed for good."""
         if key in self._owed:
             return True
-        if key not in self._failed:
+        failed = self._failed.get(key)
+        if failed is None or failed.max_tokens != request.sampling.max_tokens:  # another limit may be all it takes
             return False
-        if in_another_batch(self.entry.limits.max_attempts, request, *self._failed[key]):
+        if in_another_batch(self.entry.limits.max_attempts, request, failed.failure, failed.times):
             return False
-        self.failures[key] = self._failed[key][0]
+        self.failures[key] = failed.failure
         return True
 
     async def submit(self, missing: Iterator[Request], check: Callable[[], None]) -> None:
@@ -278,7 +280,7 @@ class Batches:
 
     def _adapted(self, missing: Iterator[Request]) -> Iterator[Request]:
         """Each draw by a request of its own, where the endpoint has refused several in one."""
-        if not any(ACTIONS[failure.reason] == "adapt" for failure, _ in self._failed.values()):
+        if not any(ACTIONS[failure.reason] == "adapt" for failure, *_ in self._failed.values()):
             return missing
         return (part(request, i, 1) for request in missing for i in range(request.n))
 

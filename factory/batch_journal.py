@@ -106,14 +106,23 @@ def lines(journal: Journal, batch: Batch) -> Iterator[Line]:
         yield Line(attempt, keys, status, Hold(hold[0], hold[1], Decimal(hold[2])))
 
 
-def failures(journal: Journal, run: str, identity: str) -> dict[str, tuple[Failure, int]]:
-    """Answer key -> why its last request in a collected batch of this run failed, and how many have."""
-    found: dict[str, tuple[Failure, int]] = {}
+class Failed(NamedTuple):
+    """Why the last request for a draw failed, its limit, and how many with that limit have failed."""
+
+    failure: Failure
+    max_tokens: int
+    times: int = 1
+
+
+def failures(journal: Journal, run: str, identity: str) -> dict[str, Failed]:
+    """Answer key -> how it failed in the collected batches of this run."""
+    found: dict[str, Failed] = {}
     sql = (
-        "SELECT keys, reason, detail FROM batch JOIN attempt ON attempt.id BETWEEN first AND first + requests - 1 "
+        "SELECT keys, max_tokens, reason, detail FROM batch JOIN attempt ON attempt.id BETWEEN first AND first + requests - 1 "
         "WHERE state='collected' AND batch.run=? AND batch.identity=? AND status='failed' ORDER BY attempt.id"
     )
-    for keys, reason, detail in journal.read(sql, [run, identity]):
+    for keys, max_tokens, reason, detail in journal.read(sql, [run, identity]):
         for key in keys.split():
-            found[key] = (Failure(reason=reason, detail=detail or ""), found[key][1] + 1 if key in found else 1)
+            before = found[key].times if key in found and found[key].max_tokens == max_tokens else 0
+            found[key] = Failed(Failure(reason=reason, detail=detail or ""), max_tokens, before + 1)
     return found

@@ -36,8 +36,9 @@ from factory.ledger import (
     writing,
 )
 from factory.progress import bar
-from factory.rows import Row, encode
+from factory.rows import CUT, Row, encode
 from factory.run import fsync_folder
+from factory.teachers.failures import RULES
 
 FORMAT = 1
 IMPORTED = "imported:"
@@ -254,11 +255,14 @@ class _Merger:
         return Stored(*row) if row else None
 
     def _wanted(self, theirs: Answer) -> bool:
-        """Ours stays if it ended by itself; a truncated one gives way to one that did, or that had more room."""
+        """Ours stays if it ended by itself; a truncated one gives way to one that did, or that had more room; and what is
+        no answer gives way to one."""
         ours = self._stored(theirs.key)
         if ours is None:
             return True
-        return ours.finish == "length" and (theirs.finish != "length" or not ours.valid(theirs.max_tokens))
+        if (ours.finish in RULES) != (theirs.finish in RULES):
+            return ours.finish in RULES
+        return ours.finish in CUT and (theirs.finish not in CUT or not ours.valid(theirs.max_tokens))
 
     def _insert(self, a: Attempt, run: str, answers: list[Answer]) -> None:
         body = None if a.body is None else pack(a.body)

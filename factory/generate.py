@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 from msgspec.structs import replace
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from factory.ask import Desk, Model
 from factory.asking import AskKnob, Plain
@@ -80,6 +80,8 @@ class Generate(Knobs):
     row filters that follow.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)  # JSON has no words for them: a server would take its own values
+
     kind: Literal["generate"] = "generate"
     model: str | list[str] | dict[str, float] = Field(min_length=1)
     fallback: str | None = None
@@ -96,7 +98,7 @@ class Generate(Knobs):
     frequency_penalty: float = 0.0
     stop: list[str] = []
     logprobs: bool = False
-    max_tokens: int = Field(1024, gt=0)
+    max_tokens: int = Field(1024, gt=0, le=2**31 - 1)
     beam: BeamKnobs | None = None
     response_format: ResponseFormat = None
     until: Until | None = None
@@ -113,6 +115,10 @@ class Generate(Knobs):
             raise ValueError("temperature: 0 is greedy, so all draws would be the same")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice; to ask it more often, raise n")
+        if self.models == [self.fallback]:
+            raise ValueError(
+                f"fallback: {self.fallback} is the model itself, which has failed by then; name another one"
+            )
         if isinstance(self.model, dict) and (min(self.model.values()) < 0 or sum(self.model.values()) <= 0):
             raise ValueError("weights of models must be 0 or more, and not all 0")
         return self

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, get_args
 
 from factory.commits import Act, Commits
 from factory.errors import DiskError, JournalError, LockedError, VersionError, disk_error
-from factory.rows import TRUNCATED, Cost, Failure, Reason, Request, digest
+from factory.rows import CUT, Cost, Failure, Reason, Request, digest
 
 VERSION = 1
 COMPRESS_OVER_BYTES = 4096
@@ -134,7 +134,7 @@ class Stored(NamedTuple):
 
     def valid(self, limit: int) -> bool:
         """An answer that ended by itself is always valid; a truncated one only if the limit did not grow."""
-        return self.finish not in TRUNCATED or limit <= self.max_tokens
+        return self.finish not in CUT or limit <= self.max_tokens
 
 
 class Spent(NamedTuple):

@@ -13,6 +13,7 @@ import asyncio
 import random
 import time
 from collections import deque
+from typing import Any, NamedTuple
 
 from factory.errors import OutageError
 from factory.progress import say
@@ -38,14 +39,19 @@ SILENT_S = 60.0
 BUSY_S = 5.0
 LONG_PAUSE_S = 10.0
 """A teacher that is too busy to answer is named after so long, or at once where it asks for a pause of so long."""
+LOOK_S = 0.25
+"""How often who waits for the rates looks again: an answer that used less than was thought brings a turn forward."""
 QUIET_S = (10.0, 300.0)
 """Between two lines that call it busy: the first gap doubles up to the last one."""
 
 
 class Pace:
-    """Shared by all requests to one teacher: `enter` before each send, `leave` after it, then one of the verdicts."""
+    """Shared by all requests to one teacher: `enter` before each send, `leave` after it, then one of the verdicts.
 
-    def __init__(self, name: str, limits: Limits, useful: int) -> None:
+    `rates` are those of an earlier round: in a short one of many, all would be sent at once.
+    """
+
+    def __init__(self, name: str, limits: Limits, useful: int, rates: "Rates | None" = None) -> None:
         self.name, self.timeout_s = name, limits.timeout_s
         self.most = min(limits.max_concurrency, useful)
         self.answered = False
@@ -56,7 +62,8 @@ class Pace:
         self._threshold = float("inf")
         self._slower_at = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._requests, self._tokens = Rate(limits.rpm), Rate(limits.tpm)
+        self._requests, self._tokens = rates or Rates.of(limits)
+        self._line = asyncio.Lock()
         self._tokens_a_request = 0.0
         self._resume_at = 0.0
         self._unsaid = GAPS_S[0] / 2
@@ -85,14 +92,28 @@ class Pace:
             self._waiting.append(place)
             await place
         self.in_flight += 1
-        delay = max(self._requests.delay(1), self._tokens.delay(self._tokens_a_request))
-        if delay > 0:
-            await asyncio.sleep(delay)
-        while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
-            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        while not await self._turn():
+            pass
         if not self._sent:  # nobody was waiting for it until now
             self.last_heard = time.monotonic()
         self._sent += 1
+
+    async def _turn(self) -> bool:
+        """Wait for the end of a pause and then for the rates; False where another pause has begun meanwhile.
+
+        A turn is taken when it has come and not ahead of a pause: all those that came in it would be used at its end, at once.
+        """
+        while (left := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110  (it may be moved on meanwhile)
+            await asyncio.sleep(left + random.uniform(0, 0.1 * left))  # jitter upwards only
+        async with self._line:
+            since = time.monotonic()
+            while (delay := max(self._requests.delay(), self._tokens.delay())) > 0:  # noqa: ASYNC110  (the same)
+                await asyncio.sleep(min(delay, LOOK_S))
+            if self._resume_at > time.monotonic():
+                return False
+            self._requests.book(1, since)
+            self._tokens.book(self._tokens_a_request, since)
+        return True
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -177,6 +198,14 @@ class Pace:
         elif queue.waiting == 0:
             self._threshold = float("inf")
 
+    def put_off(self, seconds: float, failed: Any) -> None:
+        """One request waits before it is sent again: told now and then where the server asks for long."""
+        now = time.monotonic()
+        if seconds >= SILENT_S and now >= self._quiet_until:
+            why = " ".join(failed.result().detail.split())[:SAID]
+            say(f"models.{self.name}: {why}; its answer asks for {seconds:.0f} s before this request is sent again")
+            self._quiet_until, self._quiet = now + self._quiet, min(2 * self._quiet, QUIET_S[1])
+
     def heed(self, told: RateLimits | None) -> None:
         """Hold still where the headers of a response say that no request, or not enough tokens, are left."""
         if told is None or told is self._heeded:
@@ -259,15 +288,25 @@ class Rate:
         self._seconds_a_unit = 60.0 / per_minute if per_minute else 0.0
         self._free_at = 0.0
 
-    def delay(self, units: float) -> float:
-        """Book `units`; seconds to wait until they may be used."""
-        if not self._seconds_a_unit:
-            return 0.0
-        now = time.monotonic()
-        start = max(now, self._free_at)
-        self._free_at = start + units * self._seconds_a_unit
-        return start - now
+    def delay(self) -> float:
+        """Seconds until the next units may be used."""
+        return max(self._free_at - time.monotonic(), 0.0) if self._seconds_a_unit else 0.0
+
+    def book(self, units: float, since: float) -> None:
+        """Use `units`, waited for since then; that the waiter woke up late puts nobody else off."""
+        self._free_at = max(self._free_at, since) + units * self._seconds_a_unit
 
     def correct(self, units: float) -> None:
         """Book what a request has used beyond (or below) what was booked for it."""
         self._free_at += units * self._seconds_a_unit
+
+
+class Rates(NamedTuple):
+    """Both rates of a model."""
+
+    requests: Rate
+    tokens: Rate
+
+    @classmethod
+    def of(cls, limits: Limits) -> "Rates":
+        return cls(Rate(limits.rpm), Rate(limits.tpm))

@@ -135,6 +135,8 @@ FREE = Cost()
 
 TRUNCATED = frozenset({"length", "unknown"})
 """How an answer ends that a larger limit may make whole; `unknown`: the server did not say how it ended."""
+CUT = TRUNCATED | {"reasoning_only"}
+"""The same, with the failure that a small limit brings about: the reasoning took all of it."""
 
 
 class Choice(Row, frozen=True):

@@ -13,6 +13,7 @@ from factory.exchange import End, Header
 from factory.journal import Journal
 from factory.ledger import Answer, Attempt
 from factory.rows import Request, Sampling, encode
+from factory.teachers.failures import RULES
 from tests.server import chat, serving
 from tests.test_ask import ask, asks, model_at, questions
 
@@ -84,10 +85,13 @@ async def leave_unread(runs: Path, number: int = 9) -> None:
 def line(number: int, finish: str = "stop", limit: int = 10, **fields: Any) -> Attempt:
     """An attempt with one answer, as an export holds it."""
     body = chat({"model": "m", "messages": [{"content": f"question {number}"}]}, finish=finish)
+    if failed := finish in RULES:  # paid for, and no answer
+        body["choices"][0] |= {"finish_reason": {"filtered_output": "content_filter"}.get(finish, "length")}
+        body["choices"][0]["message"] |= {"content": "", "reasoning": "hm"}
     answer = Answer(key=f"{number:032x}", draw=0, choice=0, finish=finish, max_tokens=limit, tokens=5)
     how: dict[str, Any] = {
         "id": number + 1, "run": "away", "model": "m", "prompt": f"{number:016x}", "asked": f"{number:016x}",
-        "keys": [answer.key], "draw": 0, "max_tokens": limit, "sent": 1e9 + number, "ended": 2e9, "status": "read",
+        "keys": [answer.key], "draw": 0, "max_tokens": limit, "sent": 1e9 + number, "ended": 2e9, "status": "failed" if failed else "read",
         "prompt_tokens": 10, "completion_tokens": 5, "seconds": 0.5, "usd": "0.25", "text": json.dumps(body), "answers": [answer],
     }  # fmt: skip
     return Attempt(**how | fields)

@@ -21,7 +21,7 @@ from factory.rows import Beam, Choice, Failure, Prompt, Request, Sampling, Usage
 from factory.tally import Tally
 from factory.teachers.entry import Price
 from factory.teachers.openai import OpenAI
-from tests.server import Script, Server, chat, error, serving
+from tests.server import Script, Server, chat, error, saying, serving
 
 
 def questions(count: int) -> list[Prompt]:
@@ -110,6 +110,21 @@ async def test_a_changed_limit_asks_for_truncated_answers_only(
         tally, answers = await ask(tmp_path, model, asks(model, questions(1), max_tokens=wanted))
     assert tally.sent == int(asked_again)
     assert answers[0][0].finish == finish  # type: ignore[union-attr]
+
+
+async def test_a_larger_limit_asks_again_where_the_reasoning_took_all_of_the_smaller_one(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        reply = chat(body) if body["max_tokens"] > 50 else chat(body, [""], finish="length")
+        reply["choices"][0]["message"]["reasoning_content"] = "hm"
+        return reply
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        told = []
+        for limit in (50, 50, 100, 50):
+            tally, answers = await ask(tmp_path, model, asks(model, questions(1), max_tokens=limit))
+            told.append((tally.sent, texts(answers)[0][0][:14]))
+    assert told == [(1, "reasoning_only"), (0, "reasoning_only"), (1, "answer 0 to qu"), (0, "answer 0 to qu")]
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"top_p": 0.5}, {"stop": ["x"]}, {"beam": Beam(width=2)}])
@@ -215,6 +230,23 @@ async def test_an_endpoint_that_is_not_there_is_an_outage(tmp_path: Path) -> Non
         await ask(tmp_path, model, asks(model, questions(2)))
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"HTTP/1.1 307 X\r\nLocation: http://\xff\xfe/v1\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 \xff\xfe\r\n\r\n",
+        b"HTTP/1.1 200 X\r\nContent-Encoding: \xff\xfe\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+async def test_bytes_that_are_no_text_in_a_header_are_told_like_any_failure(tmp_path: Path, response: bytes) -> None:
+    async with saying(response) as url:
+        model = model_at(url, limits={"max_attempts": 1})
+        outcome = await model.teacher.send(asks(model, questions(1))[0])
+        await model.teacher.close()
+    assert isinstance(outcome, Failure)
+    assert outcome.detail.encode()
+
+
 async def test_a_redirect_is_not_followed_and_the_key_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_KEY", "canary-key-7")
     async with serving() as other:
@@ -282,6 +314,44 @@ async def test_an_answer_that_is_none_costs_what_the_server_counted_or_else_the_
         spent = journal.spent("run")
     assert spent.prompt_tokens + spent.completion_tokens == 10 * each
     assert spent.usd == pytest.approx(10 * each / 1_000_000)
+
+
+async def test_a_refusal_that_nobody_lived_to_read_is_not_asked_again(tmp_path: Path) -> None:
+    async with serving() as server:
+        model = model_at(server.url)
+        (request,) = asks(model, questions(1), n=2)
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            attempt = await journal.begin("run", request, "0", 0)
+            filtered = chat({"model": "m", "messages": request.messages, "n": 2}, finish="content_filter")
+            await journal.store(attempt, json.dumps(filtered).encode())
+        _, answers = await ask(tmp_path, model, [request])
+    assert texts(answers) == [["filtered_output"] * 2]
+    assert not server.seen
+
+
+async def test_one_draw_of_several_that_the_server_broke_off_is_asked_again(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        reply = chat(body)
+        if before == 0:
+            reply["choices"][1]["finish_reason"] = "error"
+        return reply
+
+    async with serving(script) as server:
+        model = model_at(server.url)
+        _, answers = await ask(tmp_path, model, asks(model, questions(1), n=3))
+    assert [isinstance(draw, Choice) for draw in answers[0]] == [True] * 3
+    assert [body.get("n", 1) for body in server.bodies] == [3, 1]
+
+
+async def test_usage_of_nothing_is_not_taken_for_a_free_answer(tmp_path: Path) -> None:
+    async def script(body: dict, before: int) -> dict:
+        return {**chat(body), "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}
+
+    async with serving(script) as server:
+        model = model_at(server.url, price={"input": 1, "output": 1})
+        with pytest.raises(BudgetError):
+            await ask(tmp_path, model, asks(model, questions(10), max_tokens=100), Budget(usd=Decimal("0.0005")))
+    assert 0 < sum(server.seen.values()) < 5
 
 
 async def test_a_schema_is_reserved_with_the_prompt(tmp_path: Path) -> None:

@@ -289,6 +289,10 @@ def bad(line: Row, kind: str) -> tuple[list[Row], list[Row]]:
             return [answered(line, {"choices": 3})], []
         case "filtered":
             return [answered(line, chat(line["body"], finish="content_filter"))], []
+        case "thinking":
+            message = {"content": "", "reasoning": "hm"}
+            choices = [{"message": message, "finish_reason": "length"}] * line["body"]["n"]
+            return [answered(line, {**chat(line["body"]), "choices": choices})], []
         case "odd_line":
             return [{"custom_id": line["custom_id"], "response": {"status_code": "what"}}], []
         case _:
@@ -367,6 +371,35 @@ def test_a_draw_that_came_and_is_no_answer_counts_as_failed_however_it_is_read(
     assert factory(tmp_path) == 3
     assert server.calls["submit"] == batch
     assert sum(server.direct.seen.values()) == (0 if batch else 5)
+
+
+def test_a_refusal_that_was_paid_for_in_a_batch_is_not_asked_again_without_it(
+    tmp_path: Path, server: BatchServer
+) -> None:
+    server.outcome = lambda lines: ("completed", [o for line in lines for o in bad(line, "filtered")[0]], [])
+    write(tmp_path, server)
+    assert [factory(tmp_path), factory(tmp_path)] == [LEFT, 3]
+    shutil.rmtree(tmp_path / "runs/tiny")
+    write(tmp_path, server, batch=False)
+    assert factory(tmp_path) == 3
+    assert not server.direct.seen
+    assert cli.main(["journal", "verify", "--runs", str(tmp_path / "runs")]) == 0
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("thinking", 64), ("context_overflow", 8)])
+def test_another_limit_asks_again_for_what_a_batch_failed_for_its_limit(
+    tmp_path: Path, server: BatchServer, kind: str, limit: int
+) -> None:
+    def outcome(lines: list[Row]) -> tuple[str, list[Row], list[Row]]:
+        rows = [bad(line, kind if line["body"]["max_tokens"] == 16 else "") for line in lines]
+        return "completed", [o for output, _ in rows for o in output], [e for _, errors in rows for e in errors]
+
+    server.outcome = outcome
+    write(tmp_path, server)
+    assert [factory(tmp_path), factory(tmp_path)] == [LEFT, 3]
+    write(tmp_path, server, stages=STAGES.replace("16", str(limit)))
+    assert [factory(tmp_path), factory(tmp_path)] == [LEFT, DONE]
+    assert len(train(tmp_path).splitlines()) == 10
 
 
 def test_a_line_that_failed_for_good_stays_so_while_others_are_tried_again(tmp_path: Path, server: BatchServer) -> None:

@@ -215,6 +215,12 @@ def test_an_export_replaces_no_file_and_leaves_none_behind(runs: Path, tmp_path:
         (("length", 10), ("length", 9), "ours"),
         (("length", 10), ("length", 11), "theirs"),
         (("length", 10), ("stop", 9), "theirs"),
+        (("reasoning_only", 10), ("length", 9), "theirs"),  # what is no answer gives way to one
+        (("reasoning_only", 10), ("reasoning_only", 11), "theirs"),
+        (("length", 10), ("reasoning_only", 11), "ours"),
+        (("filtered_output", 10), ("stop", 9), "theirs"),
+        (("stop", 10), ("filtered_output", 99), "ours"),
+        (("length", 10), ("filtered_output", 99), "ours"),
     ],
 )
 def test_an_answer_is_kept_unless_it_is_truncated_and_theirs_is_better(

@@ -160,6 +160,24 @@ DAMAGES = {
 }  # fmt: skip
 
 
+async def test_what_only_the_recipe_knows_is_no_damage(tmp_path: Path, capsys: Told) -> None:
+    """A reasoning field with an unusual name; and more choices than were asked for."""
+
+    async def script(body: dict[str, Any], before: int) -> dict[str, Any]:
+        question = body["messages"][-1]["content"]
+        reply = chat(body, ["one", "two", "three"] if question == "question 0" else [""], finish="stop")
+        reply["choices"][0] |= {"finish_reason": "content_filter"} if question == "question 0" else {}
+        reply["choices"][0]["message"]["thoughts"] = "hm <|im_end|>" if question == "question 1" else "hm"
+        return reply
+
+    async with serving(script) as server:
+        model = model_at(server.url, capabilities={"reasoning": "thoughts"})
+        _, one = await ask(tmp_path, model, asks(model, questions(1), n=2))
+        _, others = await ask(tmp_path, model, asks(model, questions(3)[1:]))
+    assert texts([*one, *others]) == [["two", "three"], ["reasoning_only"], ["reasoning_only"]]
+    assert journal(tmp_path, "verify") == 0
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damaged_row_is_named(runs: Path, damage: str, capsys: Told) -> None:
     act, row, what = DAMAGES[damage]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from factory.cli import main
 from factory.errors import FactoryError
@@ -111,6 +112,22 @@ def test_what_a_busy_server_leaves_open_stays_unknown(tmp_path: Path) -> None:
 
     code, _, recorded = live(tmp_path, busy)
     assert (code, recorded["capabilities"]) == (0, {"limit": "max_tokens"})
+
+
+@pytest.mark.parametrize("choices", [[], [None], [{"message": 5}, "x"]])
+def test_what_cannot_be_read_stays_unknown(tmp_path: Path, choices: list[Any]) -> None:
+    def odd(body: dict[str, Any]) -> Any:
+        plain = not {"n", "seed", "logprobs", "response_format"} & body.keys()
+        return chat(body, texts=["cat"]) if plain else {**chat(body), "choices": choices}
+
+    code, _, recorded = live(tmp_path, odd)
+    assert (code, recorded["capabilities"]) == (0, {"limit": "max_tokens"})
+
+
+def test_an_answer_in_a_list_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, recorded = live(tmp_path, lambda body: web.json_response([{**chat(body), "error": None}]))
+    assert (code, recorded) == (7, {})
+    assert "the body is no object" in capsys.readouterr().err
 
 
 def test_a_reasoning_model_that_uses_its_tokens_up_has_answered(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from factory.teachers.reasoning import TAG, Parts, separate
         ("why</think></think>so", "so", "why"),
         ("[THINK]why[/THINK]so", "so", "why"),
         ("<seed:think>why</seed:think>so", "so", "why"),
+        ('<think time="3">why</think>so', "so", "why"),
         # unclosed, or in mid-answer: no answer
+        ('<think time="3">why', None, "why"),
         ("<think>why", None, "why"),
         ("<think>a</think><think>b", None, "a\nb"),
         ("<think>a<think>b</think>so", None, "a\nb\nso"),

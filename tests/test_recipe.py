@@ -61,6 +61,9 @@ def test_a_recipe_is_typed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
+        ("n: 2", "temperature: .inf", "r.yaml:8: stages.0.generate.temperature: Input should be a finite number (got inf)"),
+        ("n: 2", "presence_penalty: .nan", "r.yaml:8: stages.0.generate.presence_penalty: Input should be a finite number (got nan)"),
+        ("n: 2", "fallback: teacher", "r.yaml:8: stages.0.generate: fallback: teacher is the model itself, which has failed by then; name another one"),
         ("n: 2", "nn: 2", "r.yaml:8: unknown key 'stages.0.generate.nn'; did you mean 'n'?"),
         ("n: 2", "temprature: 1", "r.yaml:8: unknown key 'stages.0.generate.temprature'; did you mean 'temperature'?"),
         ("min: 2", "mim: 2", "r.yaml:9: unknown key 'stages.1.filter.1.words.mim'; did you mean 'min'?"),

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from aiohttp import web
@@ -179,6 +181,24 @@ async def test_a_key_is_cut_out_however_it_is_written(key: str, written: str, mo
     assert isinstance(told[1], Failure)
     for said in (json.loads(told[0])["choices"][0]["message"]["content"], told[1].detail):
         assert not any(key[i : i + 6] in said for i in range(len(key) - 6))
+
+
+@pytest.mark.parametrize("change", [str, str.lower])
+async def test_a_key_in_an_address_is_cut_out_too(
+    change: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "sk+7f3a/9c1e=5b2d8f60"
+    monkeypatch.setenv("CANARY_KEY", key)
+
+    async def script(body: dict, before: int) -> web.Response:
+        where = f"https://h.example/{change(quote(key, safe=''))}/login"
+        return error(400, f"log in at {where}") if before else web.Response(status=307, headers={"Location": where})
+
+    async with serving(script) as server:
+        teacher = OpenAI(model="m", base_url=server.url, api_key_env="CANARY_KEY").open(Path())
+        told = [await teacher.send(HI) for _ in range(2)]
+        await teacher.close()
+    assert all(isinstance(one, Failure) and "[key]" in one.detail and "7f3a" not in one.detail for one in told)
 
 
 def test_a_key_is_not_taken_for_the_name_of_its_variable_nor_for_a_part_of_the_address() -> None:

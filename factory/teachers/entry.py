@@ -24,7 +24,7 @@ class Limits(Knobs):
     rpm: int | None = Field(None, gt=0)
     tpm: int | None = Field(None, gt=0)
     max_concurrency: int = Field(64, gt=0)
-    timeout_s: float = Field(120.0, gt=0)
+    timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)
     max_attempts: int = Field(6, gt=0)
 
 

@@ -93,6 +93,12 @@ STOPS = {reason: rule.error for reason, rule in RULES.items() if rule.action == 
 MAYBE_BILLED = {reason for reason, rule in RULES.items() if rule.billed}
 
 
+def for_good(failure: Failure) -> bool:
+    """Whether a body that says so was paid for, and would be no answer the next time either."""
+    rule = RULES[failure.reason]
+    return rule.billed and rule.action == "set aside"
+
+
 def ending(failure: Failure, answered: bool) -> type[FactoryError] | None:
     """The error that ends the run for a failure that is left after its tries; None: only its request ends.
 

@@ -14,7 +14,7 @@ import msgspec
 from factory.rows import Choice, Failure, Outcome, Reply, Request, Sampling, Usage
 from factory.teachers.capabilities import SAMPLING_KEYS, VLLM, Capabilities
 from factory.teachers.entry import BaseUrl, Endpoint
-from factory.teachers.failures import classify
+from factory.teachers.failures import classify, for_good
 from factory.teachers.rate_limits import RateLimits
 from factory.teachers.reasoning import separate
 from factory.teachers.strict import strict_json
@@ -122,7 +122,7 @@ ENDED = {
 """Other providers' words for what OpenAI calls stop, length, content_filter, in lower case. All others stay as they are."""
 
 SPECIAL_TOKEN = re.compile(
-    r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*\Z"
+    r"<\|[A-Za-z][A-Za-z0-9_]{0,40}\|>|<\uff5c[^\uff5c<>\n]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<unused\d{1,4}>|</s>\s*\Z"
 )
 
 
@@ -136,7 +136,7 @@ def read_chat(
     data = strict_json(body)
     if isinstance(data, Failure):
         return data
-    if isinstance(data, list) and data and isinstance(data[0], dict) and "error" in data[0]:
+    if isinstance(data, list) and data and isinstance(data[0], dict) and data[0].get("error"):
         data = data[0]  # Gemini wraps its errors in a list
     if not isinstance(data, dict):
         return Failure(reason="bad_json", detail=f"the body is no object: {body[:200].decode('utf-8', 'replace')}")
@@ -163,15 +163,20 @@ def read_completion(
         return Failure(reason="wrong_model", detail=detail)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
-        return Failure(reason="missing_choice", detail="the body has no choices")
-    read = [_choice(c, reasoning) for c in choices[:n]]
+        begins = msgspec.json.encode(data)[:200].decode("utf-8", "replace")
+        return Failure(reason="missing_choice", detail=f"the body has no choices; it begins: {begins}")
+    read = [_choice(c, reasoning) for c in choices]
     failed = [c for c in read if isinstance(c, Failure)]
-    good = [c for c in read if isinstance(c, Choice)]
+    good = [c for c in read if isinstance(c, Choice)][
+        :n
+    ]  # of all that came: whoever reads for a larger n finds the same
     usage, counted = _usage(data.get("usage"))
     if not good:
         return msgspec.structs.replace(failed[0], usage=usage if counted else None)
     if len(choices) == 1 and good[0].tokens is None:
         good = [msgspec.structs.replace(good[0], tokens=usage.completion_tokens or None)]
+    # what may come out well the next time counts as never come: it is asked for again
+    failed = [failure for failure in failed if for_good(failure) or failure.reason == "empty"]
     if served := _served(data, model, echoed):
         good = [msgspec.structs.replace(choice, served=served) for choice in good]
     return Reply(choices=good, usage=usage, model=echoed, failed=failed, counted=counted)
@@ -259,7 +264,7 @@ def told_usage(data: dict[str, Any]) -> Usage | None:
 
 
 def _usage(told: Any) -> tuple[Usage, bool]:
-    """Usage as the server counts it, and whether it can be believed: given, and no less than nothing."""
+    """Usage as the server counts it, and whether it can be believed: given, and of a prompt, which is never nothing."""
     told = told if isinstance(told, dict) else {}
     prompt, completion = _count(told, "prompt_tokens"), _count(told, "completion_tokens")
     if prompt is not None and completion is not None:  # some count reasoning in the total alone, and bill it
@@ -274,7 +279,7 @@ def _usage(told: Any) -> tuple[Usage, bool]:
         reasoning_tokens=_count(told, "completion_tokens_details", "reasoning_tokens") or 0,
         seconds=float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0,
     )
-    return usage, prompt is not None and completion is not None
+    return usage, bool(prompt) and completion is not None
 
 
 def _count(told: dict[str, Any], *path: str) -> int | None:

@@ -140,7 +140,8 @@ class _Asking:
         if isinstance(data, Failure):
             return None if RULES[data.reason].action in ("wait", "retry") else False
         answer = "content" if isinstance(self.teacher, AnthropicTeacher) else "choices"
-        return data if isinstance(data, dict) and isinstance(data.get(answer), list) else None
+        parts = data.get(answer) if isinstance(data, dict) else None
+        return data if isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts) else None
 
     async def _send(self, body: dict[str, Any]) -> bytes | Failure:
         self.sent += 1
@@ -154,13 +155,15 @@ def _message(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(data: dict[str, Any]) -> bool:
-    told = data["choices"][0].get("logprobs") if data["choices"] else None
+    told = data["choices"][0].get("logprobs")
     return isinstance(told, dict) and bool(told.get("content"))
 
 
 def _json_text(data: dict[str, Any]) -> dict[str, Any]:
     """The answer's text as the JSON object that it is; empty if it is none."""
     native = data.get("content")
-    text = "".join(b.get("text", "") for b in native) if isinstance(native, list) else _message(data).get("content")
+    text = (
+        "".join(str(b.get("text") or "") for b in native) if isinstance(native, list) else _message(data).get("content")
+    )
     made = strict_json(text.encode()) if isinstance(text, str) else None
     return made if isinstance(made, dict) else {}

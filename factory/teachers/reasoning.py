@@ -7,7 +7,7 @@ cut. What cannot be told apart for certain is no answer: a half of it would look
 import re
 from typing import NamedTuple
 
-TAG = re.compile(r"</?(?:seed:)?(?:think|thinking|thought)>|\[/?THINK\]|◁/?think▷", re.IGNORECASE)
+TAG = re.compile(r"</?(?:seed:)?(?:think|thinking|thought)(?:\s[^<>]{0,99})?>|\[/?THINK\]|◁/?think▷", re.IGNORECASE)
 """`<reasoning>` is not among them: prompts ask for it by name, as a part of the answer."""
 _QUOTES = "`\"'"
 

@@ -272,9 +272,8 @@ class _Round:
         """One request to its end: an answer, or the failure that is left after the retries."""
         number = next(self._numbers)
         outcome = await self._attempt(request, number)
-        if again(
-            request, outcome
-        ):  # most are not sent again, and setting the retries up costs as much as reading an answer
+        # most are not sent again, and setting the retries up costs as much as reading an answer
+        if again(request, outcome):
             outcome = await self._retry(request, number, outcome)
         self.pace.forget(number)
         error = None

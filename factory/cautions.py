@@ -69,6 +69,3 @@ def _alike(one: ModelEntry | None, other: ModelEntry) -> bool:
     """The same model under two names."""
     keys = ("type", "model", "base_url", "layers", "config_overrides")
     return one is not None and all(getattr(one, key, None) == getattr(other, key, None) for key in keys)
-
-
-# -- what no single record can know ----------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from factory.teachers.entry import url_problem
 from factory.teachers.failures import RULES
 from factory.teachers.openai import OpenAI
 from factory.teachers.probe import Probe, probe, record
+from factory.win_rate import WinRate
+from factory.yamlfile import Path_
 
 
 class Checked(NamedTuple):
@@ -110,15 +112,19 @@ def _files(recipe: Recipe) -> Iterator[Problem]:
     for stage, at, _ in recipe.placed:
         if isinstance(stage, Curate):
             yield from ((((*at, *below), text)) for below, text in _benchmarks(stage))
+        below: Path_ = ()
         try:
-            if isinstance(stage, Generate):
-                stage.ask.open(find)
-            elif isinstance(stage, Judge):
-                load_rubric(find(stage.rubric))
-            elif isinstance(stage, Evaluate) and stage.judge:
-                load_rubric(find(stage.judge.rubric))
+            match stage:
+                case Generate():
+                    below = ("ask",)
+                    stage.ask.open(find)
+                case Judge():
+                    below = ("rubric",)
+                    load_rubric(find(stage.rubric))
+                case Evaluate(judge=WinRate() as judge):
+                    below = ("judge", "rubric")
+                    load_rubric(find(judge.rubric))
         except RecipeError as e:
-            below = ("ask",) if isinstance(stage, Generate) else ("judge", "rubric")[isinstance(stage, Judge) :]
             yield (*at, *below), str(e)
 
 

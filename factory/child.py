@@ -66,6 +66,13 @@ def peak_memory() -> int:
     return resident + (torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0)
 
 
+def own_output() -> IO[str]:
+    """Where this process writes its lines; whatever libraries print goes among the errors, and does not stand between them."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return out
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For what a child imports: the garbage collector would go through all of it again and again, a sixth of the start-up."""

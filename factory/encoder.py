@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
-
-from factory.child import die_with_parent
+from factory.child import die_with_parent, loading, own_output
 from factory.errors import EngineError, FactoryError
-from factory.weights import Weights, materialise
+from factory.weights import Weights, materialise, number_format
+
+with loading():
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
 TOKENS = {"cpu": 1024, "cuda": 16384}
 """Of a batch, padding included."""
@@ -34,9 +35,8 @@ class Encoder:
 
     def __init__(self, folder: Path, name: str, device: str | None, dtype: str) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        automatic = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model, told = AutoModel.from_pretrained(
-            folder, dtype=automatic if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False,
+            folder, dtype=getattr(torch, number_format(dtype, self.device.type == "cuda")), trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
         if lacking := sorted(key for key in told["missing_keys"] if "pooler" not in key):
@@ -145,8 +145,7 @@ def main() -> None:
     die_with_parent()
     job = json.loads(sys.argv[1])
     questions = os.fdopen(os.dup(0), "rb")
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    out = own_output()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     weights = Weights.model_validate(job["weights"])

@@ -178,14 +178,12 @@ async def evaluate(
     knobs = examiner.knobs
     # before anything is asked: there may be no such tasks
     harness = Harness(knobs.lm_eval) if knobs.lm_eval else None
-    scored: list[Scored] = []
-    teacher: Scored | None = None
+    scored, teacher = examiner.measured, None
     if knobs.teacher is not None:
         teacher = await examiner.scored(knobs.teacher, "teacher", teacher_asker or view, taught, view)
-        scored.append(teacher)
     for name in [*knobs.students, *([knobs.gold] if knobs.gold else [])]:
         role = "gold" if name == knobs.gold else "student" if name in examiner.models.trained else "base"
-        scored.append(await examiner.scored(name, role, view, taught, view, teacher))
+        await examiner.scored(name, role, view, taught, view, teacher)
     if knobs.judge is not None:
         examiner.compared = await compare(knobs.judge, scored, examiner.models, examiner.desk, examiner.seed)
     answers = [sample for model in scored for sample in model.answers()]

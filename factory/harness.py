@@ -16,12 +16,12 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from factory import stats
-from factory.child import Child, ChildEnded, die_with_parent
+from factory.child import Child, ChildEnded, die_with_parent, own_output
 from factory.errors import EngineError, FactoryError, RecipeError
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.teachers.transformers import Transformers
-from factory.weights import materialise_in_child
+from factory.weights import materialise_in_child, number_format
 
 Row = dict[str, Any]
 
@@ -127,8 +127,7 @@ def _measured(knobs: LmEval, manager: Any, model: Row) -> Row:
     import torch
 
     device = model["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    automatic = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype = automatic if model["dtype"] == "auto" else model["dtype"]
+    dtype = number_format(model["dtype"], device.startswith("cuda"))
     told = lm_eval.simple_evaluate(
         model="hf", model_args={"pretrained": model["folder"], "dtype": dtype}, device=device, task_manager=manager,
         tasks=knobs.tasks, limit=knobs.limit, num_fewshot=knobs.num_fewshot, batch_size=knobs.batch_size,
@@ -170,8 +169,7 @@ def _items(samples: dict[str, list[Row]], rows: list[Row]) -> dict[str, dict[str
 def main() -> None:
     """`python -m factory.harness KNOBS`: the version when the tasks are known, then a line for each model's line."""
     die_with_parent()
-    lines, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    lines, out = os.fdopen(os.dup(0), "rb"), own_output()
     try:
         knobs = LmEval.model_validate_json(sys.argv[1])
         manager = _manager(knobs)

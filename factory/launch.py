@@ -52,11 +52,8 @@ def command(parallel: Parallel | None, out: Path) -> list[str]:
 
 def configuration(by: str, processes: int, on_gpu: bool) -> dict[str, Any]:
     """A configuration of accelerate for one machine."""
-    kinds = {
-        "ddp": "MULTI_GPU",
-        "fsdp": "FSDP",
-        "deepspeed": "DEEPSPEED",
-    }  # with use_cpu, MULTI_GPU is several processors
+    # with use_cpu, MULTI_GPU is several processors
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     common = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": kinds[by], "num_machines": 1, "machine_rank": 0,
         "num_processes": processes, "mixed_precision": "bf16" if on_gpu else "no", "use_cpu": not on_gpu,

@@ -47,11 +47,20 @@ class Models:
         return self._entries[name]
 
     def weights(self, name: str) -> Weights:
-        """The entry of a model that is trained, or whose distributions are learned."""
+        """The entry of a model that is loaded to be trained or read, not to answer."""
         entry = self.entry(name)
         if not isinstance(entry, Weights):
             raise RecipeError(f"models.{name} has no local weights; `type: transformers` has")
         return entry
+
+    def child(self, module: str, name: str, **more: Any) -> Child:
+        """Starts a process of our own that loads a local model and reads with it."""
+        entry = self.weights(name)
+        job = {
+            "name": name, "weights": entry.alone(), "cache": str(self.runs / "weights"),
+            "device": getattr(entry, "device", None),
+        }  # fmt: skip
+        return Child(module, json.dumps(job | more))
 
     def identity(self, name: str) -> str:
         entry = self.entry(name)
@@ -100,16 +109,10 @@ class Models:
 
     def encoder(self, name: str) -> Callable[[], Child]:
         """Starts a process in which a local model reads texts; what keeps it from starting is told at once."""
-        entry = self.entry(name)
-        if not isinstance(entry, Weights):
-            raise RecipeError(f"models.{name} has no local weights; an encoder is `type: transformers`")
-        job = {
-            "name": name, "weights": entry.alone(), "cache": str(self.runs / "weights"),
-            "device": getattr(entry, "device", None),
-        }  # fmt: skip
+        self.weights(name)
 
         def start() -> Child:
-            child = Child("factory.encoder", json.dumps(job))
+            child = self.child("factory.encoder", name)
             try:
                 child.hear()
             except ChildEnded as e:

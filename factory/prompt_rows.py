@@ -50,9 +50,8 @@ def prompt_reader(columns: Mapping[Column, str], source: str) -> Reader:
     def read(row: dict[str, Any], place: str) -> Prompt:
         if not mapped:
             return _prompt({"label": _kto(row), **_recognised(row, place)}, source)
-        fields: Fields = {
-            "label": _kto(row)
-        }  # also where only the other columns are named: such an answer may be unwanted
+        # also where only the other columns are named: such an answer may be unwanted
+        fields: Fields = {"label": _kto(row)}
         wrong: list[str] = []  # all that is wrong with the columns is told at once
         for name, value in mapped.items():
             try:

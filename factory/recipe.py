@@ -179,6 +179,9 @@ def _unmeasured(arms: dict[str, Draft]) -> Iterator[Problem]:
             yield ("arms", name), f"arms.{name}: it has no evaluate stage, and arms are compared by their last one"
 
 
+# -- what no single record can know ----------------------------------------------------------------------------------
+
+
 def _cross_check(recipe: Recipe, made: Draft) -> Iterator[Problem]:
     """Names that refer to nothing, and models that cannot do what they are named for; paths are those of `recipe`."""
     lost = _names_lost(made)

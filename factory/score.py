@@ -12,7 +12,6 @@ All models see the prompt as it stands in the list, so that answers that were as
 run in a child process (`scorer.py`).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Literal, Self
@@ -22,7 +21,7 @@ from pydantic import Field, model_validator
 
 from factory.child import Child, ChildEnded
 from factory.curate import checked
-from factory.errors import EngineError, RecipeError
+from factory.errors import EngineError
 from factory.filters import VerifierKnob
 from factory.filters.isolated import Broken, Done, Item, together
 from factory.filters.pattern import Undecided
@@ -31,7 +30,6 @@ from factory.filters.verifier import UNKNOWN, Verifier
 from factory.knobs import Knobs
 from factory.models import Models
 from factory.rows import Sample, Verdict
-from factory.weights import Weights
 
 WINDOW = 256
 """Rows that the child gets at once, and puts into batches of similar length."""
@@ -136,7 +134,7 @@ def _by_model(knobs: Score, samples: Iterator[Sample], models: Models) -> Iterat
     child: Child | None = None
     try:
         while window := list(islice(samples, WINDOW)):
-            child = child or _scorer(knobs, models)
+            child = child or models.child("factory.scorer", str(knobs.model), by=knobs.by)
             rows = [{"messages": sample.prompt.messages, "answer": sample.response} for sample in window]
             for sample, told in zip(window, child.ask(rows), strict=True):
                 if isinstance(told, str):
@@ -148,16 +146,3 @@ def _by_model(knobs: Score, samples: Iterator[Sample], models: Models) -> Iterat
     finally:
         if child:
             child.close()
-
-
-def _scorer(knobs: Score, models: Models) -> Child:
-    assert knobs.model is not None
-    entry = models.entry(knobs.model)
-    if not isinstance(entry, Weights):
-        raise RecipeError(f"score: models.{knobs.model} has no local weights; a scorer is `type: transformers`")
-    weights = entry.alone()
-    job = {
-        "by": knobs.by, "name": knobs.model, "weights": weights, "cache": str(models.runs / "weights"),
-        "device": getattr(entry, "device", None),
-    }  # fmt: skip
-    return Child("factory.scorer", json.dumps(job))

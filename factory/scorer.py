@@ -14,9 +14,14 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from factory.child import die_with_parent, loading
+from factory.child import die_with_parent, loading, own_output
 from factory.errors import EngineError, FactoryError
-from factory.weights import Weights, materialise
+from factory.weights import Weights, materialise, number_format
+
+with loading():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
 TOKENS = {"cpu": 1024, "cuda": 8192}
 """Of a batch, padding included. On a processor more was slower (107 rows a second against 69 with 4,096, a tiny model)."""
@@ -42,15 +47,11 @@ class Scorer:
     """A model, and what it says of conversations."""
 
     def __init__(self, folder: Path, name: str, by: str, device: str | None, dtype: str) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
         self.by = by
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        automatic = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         kind = AutoModelForSequenceClassification if by == "reward" else AutoModelForCausalLM
         self.model, told = kind.from_pretrained(
-            folder, dtype=automatic if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False,
+            folder, dtype=getattr(torch, number_format(dtype, self.device.type == "cuda")), trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
         config = self.model.config
@@ -125,8 +126,6 @@ class Scorer:
 
     def _forward(self, texts: list[Text]) -> list[float]:
         """The reward of each text, or the mean loss (nats) of its answer's tokens."""
-        import torch
-
         longest = max(len(text.ids) for text in texts)
         pads = [longest - len(text.ids) for text in texts]
         padded = [text.ids + [self.pad or 0] * n for text, n in zip(texts, pads, strict=True)]
@@ -159,11 +158,7 @@ def main() -> None:
     die_with_parent()
     job = json.loads(sys.argv[1])
     rows = os.fdopen(os.dup(0), "rb")
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
-    with loading():
-        from transformers import AutoModelForCausalLM  # noqa: F401  (brings torch, and what `Scorer` imports)
-        from transformers.utils import logging
+    out = own_output()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     weights = Weights.model_validate(job["weights"])

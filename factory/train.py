@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from factory.child import child_environment
 from factory.errors import DiskError, EngineError, RecipeError
 from factory.knobs import Knobs
-from factory.launch import Parallel, command
+from factory.launch import JOB, Parallel, command
 from factory.progress import say
 from factory.weights import Weights
 
@@ -220,7 +220,7 @@ def train(
     (out / "job.json").write_text(json.dumps(job, indent=2))
     log = out / "train.log"
     started = [*command(knobs.parallel, out), str((out / "job.json").resolve())]
-    if len(started) > 4:  # several processes
+    if started[1:3] != JOB:  # several processes
         say(f"  {shlex.join(started)}")
     with (
         log.open("wb") as stderr,

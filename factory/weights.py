@@ -71,6 +71,11 @@ class Weights(Knobs):
         return self.layers is None and self.config_overrides is None
 
 
+def number_format(dtype: str, on_gpu: bool) -> str:
+    """torch's name for the numbers of a model: what its entry says, or by itself half the bytes on a GPU."""
+    return dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
+
+
 def is_path(model: str) -> bool:
     """Whether a model string means a place on this disk rather than a hub id `owner/name`."""
     return model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).is_dir()
@@ -204,13 +209,12 @@ def _convert(source: Path, weights: Weights, folder: Path) -> None:
     logging.disable_progress_bar()
     where = {"gguf_file": source.name} if source.is_file() else {}
     root = source.parent if source.is_file() else source
-    dtype = torch.float32 if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    dtype = getattr(torch, number_format(weights.dtype, on_gpu=False))
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, **where)
     if weights.config_overrides is None:
         plain = _trained(root, where, weights.layers, dtype)
     else:
         plain = _random(root, where, weights.config_overrides, dtype, len(tokenizer))
-    plain.tie_weights()
     plain.tie_weights()
     if plain.generation_config.eos_token_id is None:
         plain.generation_config.eos_token_id = plain.config.eos_token_id or tokenizer.eos_token_id

@@ -15,7 +15,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import IO, Any, TypeVar
 
-from factory.child import Child, ChildEnded, die_with_parent
+from factory.child import Child, ChildEnded, die_with_parent, own_output
 from factory.errors import EngineError, RecipeError
 
 LIMIT_S = 15.0
@@ -155,8 +155,7 @@ def main() -> None:
     die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     questions = os.fdopen(os.dup(0), "rb")
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    out = own_output()
     job = {"math": same_math, "reasoning_gym": score_reasoning}[sys.argv[1]]
     __import__(PACKAGES[sys.argv[1]][0])
     out.write('{"ready": true}\n')

@@ -167,9 +167,8 @@ def read_completion(
         return Failure(reason="missing_choice", detail=f"the body has no choices; it begins: {begins}")
     read = [_choice(c, reasoning) for c in choices]
     failed = [c for c in read if isinstance(c, Failure)]
-    good = [c for c in read if isinstance(c, Choice)][
-        :n
-    ]  # of all that came: whoever reads for a larger n finds the same
+    # of all that came: whoever reads for a larger n finds the same
+    good = [c for c in read if isinstance(c, Choice)][:n]
     usage, counted = _usage(data.get("usage"))
     if not good:
         return msgspec.structs.replace(failed[0], usage=usage if counted else None)

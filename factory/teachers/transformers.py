@@ -85,7 +85,9 @@ class TransformersTeacher:
 
     async def memory(self) -> int | None:
         """The most bytes that the child has taken; None where nothing was asked of it."""
-        body = await self._ask({"op": "memory"}) if self._child is not None else Failure(reason="engine_died")
+        if self._child is None:
+            return None
+        body = await self._ask({"op": "memory"})
         return None if isinstance(body, Failure) else int(msgspec.json.decode(body)["bytes"])
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from factory.errors import EngineError
 from factory.rows import Request
 from factory.teachers.attention import Beginning, Prefill, Slots, attend
 from factory.teachers.decoding import BeamSearch, penalise, pick
+from factory.weights import number_format
 
 MIN_SHARED = 16
 """A shared beginning shorter than this is not worth keeping."""
@@ -62,8 +63,7 @@ class Engine:
     def __init__(self, folder: Path, name: str, batch_size: int, device: str | None, dtype: str, tell: Tell) -> None:
         self.name, self.batch_size, self.tell = name, batch_size, tell
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        automatic = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.dtype = automatic if dtype == "auto" else getattr(torch, dtype)
+        self.dtype = getattr(torch, number_format(dtype, self.device.type == "cuda"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not self.tokenizer.chat_template:
             raise EngineError(f"{name} has no chat template; use an instruct model")

@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from factory.child import die_with_parent, loading, peak_memory
+from factory.child import die_with_parent, loading, own_output, peak_memory
 from factory.errors import FactoryError
 from factory.rows import Request
 from factory.weights import Weights, materialise
 
-if TYPE_CHECKING:
+with loading():
+    import torch
+    from transformers.utils import logging
+
     from factory.teachers.transformers_engine import Engine, Line
 
 FREE_SHARE = 0.125
@@ -26,7 +29,7 @@ FREE_SHARE = 0.125
 Inbox = queue.SimpleQueue[dict[str, Any]]
 
 
-def serve(engine: "Engine", inbox: Inbox) -> None:
+def serve(engine: Engine, inbox: Inbox) -> None:
     """Answer for ever: the process ends when the parent closes our input."""
     waiting: list[Line] = []
     while True:
@@ -67,13 +70,7 @@ def _listen(inbox: Inbox) -> None:
 def main() -> None:
     die_with_parent()
     settings = json.loads(sys.argv[1])
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
-    with loading():
-        import torch
-        from transformers.utils import logging
-
-        from factory.teachers.transformers_engine import Engine
+    out = own_output()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     inbox: Inbox = queue.SimpleQueue()

@@ -44,9 +44,8 @@ class Wire:
         answer = await self._post(path, body)
         if isinstance(answer, bytes):
             return answer
-        detail = answer.detail.encode(
-            "utf-8", "replace"
-        )  # aiohttp hands on bytes of a header that are no text as half characters
+        # aiohttp hands on bytes of a header that are no text as half characters
+        detail = answer.detail.encode("utf-8", "replace")
         return msgspec.structs.replace(answer, detail=self._secret.out_of(detail).decode())
 
     async def _post(self, path: str, body: bytes) -> bytes | Failure:

@@ -1,7 +1,6 @@
 """The training child: `python -m factory.trainers.job JOB.json`. Progress as JSON lines on stdout, the rest on stderr."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -9,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from factory.child import die_with_parent, end_with_input, loading
+from factory.child import die_with_parent, end_with_input, loading, own_output
 from factory.errors import FactoryError
 from factory.rows import kind_of
 from factory.train import REFUSED
@@ -19,7 +18,7 @@ from factory.trainers.preference import dpo, kto, orpo, simpo
 from factory.trainers.preflight import Refused, fits, mend_padding, preflight, preview, refuse_what_cannot_fit
 from factory.trainers.setup import Setup
 from factory.trainers.sft import sft
-from factory.weights import Weights, materialise
+from factory.weights import Weights, materialise, number_format
 
 TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "orpo": orpo, "simpo": simpo, "gkd": gkd, "gold": gold}
 
@@ -27,8 +26,7 @@ TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "orpo": orpo, "simpo": simpo, "g
 def main() -> None:
     die_with_parent()
     end_with_input()
-    told = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print must not stand between our lines
+    told = own_output()
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
         _train(job, Path(job["out"]), told)
@@ -62,16 +60,8 @@ def _train(job: dict[str, Any], out: Path, told: Any) -> None:
     if job["method"] != "sft" and any(row.get("weight", 1.0) != 1.0 for row in kept):
         notes.append("the rows have weights, which sft alone uses: all rows count alike")
     setup = Setup(
-        model,
-        tokenizer,
-        kept,
-        args,
-        peft,
-        Watch(told),
-        _teacher(job, on_gpu),
-        job["weights_of_tags"],
-        Path(job["cache"]),
-    )
+        model, tokenizer, kept, args, peft, Watch(told), _teacher(job, on_gpu), job["weights_of_tags"], Path(job["cache"])
+    )  # fmt: skip
     trainer = TRAINERS[job["method"]](setup)
     wanted = sum(2 if job["method"] == "kto" and "chosen" in row else 1 for row in kept)
     if len(trainer.train_dataset) != wanted and not args.get("packing"):
@@ -114,8 +104,7 @@ def _student(job: dict[str, Any], on_gpu: bool, args: dict[str, Any]) -> tuple[A
 
     weights = Weights.model_validate(job["weights"])
     folder = materialise(weights, Path(job["cache"]))
-    automatic = torch.bfloat16 if on_gpu and job["lora"] else torch.float32
-    dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    dtype = getattr(torch, number_format(weights.dtype, on_gpu and job["lora"] is not None))
     bits = _in_4_bits(dtype) if job["lora"] and job["lora"]["load_in_4bit"] else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **bits)
     return tokenizer_of(folder, args), model
@@ -156,8 +145,7 @@ def _teacher(job: dict[str, Any], on_gpu: bool) -> Any:
 
     weights = Weights.model_validate(job["teacher"])
     folder = materialise(weights, Path(job["cache"]))
-    automatic = torch.bfloat16 if on_gpu else torch.float32
-    dtype = automatic if weights.dtype == "auto" else getattr(torch, weights.dtype)
+    dtype = getattr(torch, number_format(weights.dtype, on_gpu))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 
 

@@ -26,9 +26,8 @@ def dpo(s: Setup) -> Any:
     args = s.args
     if args.get("precompute_ref_log_probs") and s.kept is not None:
         data = _on_disk(data, s.rows, s.kept / "reference")
-        args = args | {
-            "max_length": None
-        }  # the preflight kept it; TRL's own look at it would put all args into the name
+        # the preflight kept it; TRL's own look at it would put all args into the name
+        args = args | {"max_length": None}
     trainer = DPOTrainer(
         model=s.model, args=DPOConfig(**args), train_dataset=data, processing_class=s.tokenizer, peft_config=s.peft,
         callbacks=[s.callback],

@@ -67,9 +67,8 @@ class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if state.is_world_process_zero:
             self.told.write(json.dumps({"steps": state.max_steps, **entry(logs, state.global_step)}) + "\n")
         self.losses.append(float(logs["loss"]))
-        in_order = (
-            args.train_sampling_strategy == "sequential"
-        )  # rows may get harder: the last are no measure of the first
+        # rows may get harder: the last are no measure of the first
+        in_order = args.train_sampling_strategy == "sequential"
         if why := diverges(self.losses[-1:] if in_order else self.losses):
             shutil.rmtree(args.output_dir, ignore_errors=True)  # to go on from there would end the same way
             raise Refused(

@@ -13,10 +13,12 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from factory.errors import FactoryError
 
 PASSED_ON = {
     "PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
@@ -71,6 +73,20 @@ def own_output() -> IO[str]:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return out
+
+
+def answer_lines(opened: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """The life of a child that answers: what its argument asks for is opened, a first line says so, and then each line gets
+    one. What a user can mend ends it with those words."""
+    die_with_parent()
+    lines, out = os.fdopen(os.dup(0), "rb"), own_output()
+    try:
+        answer = opened(json.loads(sys.argv[1]))
+        out.write('{"ready": true}\n')
+        for line in lines:
+            out.write(json.dumps(answer(json.loads(line)), allow_nan=False) + "\n")
+    except FactoryError as e:
+        sys.exit(str(e))
 
 
 @contextmanager

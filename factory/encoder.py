@@ -5,16 +5,13 @@ model's context is read in pieces. Vectors wait in a temporary file, 4 bytes a d
 each with all that stay, so that nothing is missed.
 """
 
-import json
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from factory.child import die_with_parent, loading, own_output
-from factory.errors import EngineError, FactoryError
+from factory.child import answer_lines, loading
+from factory.errors import EngineError
 from factory.weights import Weights, materialise, number_format
 
 with loading():
@@ -141,25 +138,13 @@ class Encoder:
         self.count = 0
 
 
-def main() -> None:
-    die_with_parent()
-    job = json.loads(sys.argv[1])
-    questions = os.fdopen(os.dup(0), "rb")
-    out = own_output()
+def _opened(job: Any) -> Callable[[Any], Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     weights = Weights.model_validate(job["weights"])
-    try:
-        folder = materialise(weights, Path(job["cache"]))
-        encoder = Encoder(folder, job["name"], job["device"], weights.dtype)
-    except FactoryError as e:
-        sys.exit(str(e))
-    out.write('{"ready": true}\n')
-    for line in questions:
-        question: dict[str, Any] = json.loads(line)
-        told: Any = encoder.add(question["texts"]) if "texts" in question else encoder.twins(**question)
-        out.write(json.dumps(told) + "\n")
+    encoder = Encoder(materialise(weights, Path(job["cache"])), job["name"], job["device"], weights.dtype)
+    return lambda question: encoder.add(question["texts"]) if "texts" in question else encoder.twins(**question)
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(_opened)

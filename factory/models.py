@@ -54,13 +54,15 @@ class Models:
         return entry
 
     def child(self, module: str, name: str, **more: Any) -> Child:
-        """Starts a process of our own that loads a local model and reads with it."""
+        """Starts a process of our own that loads a local model and reads with it; ChildEnded where it cannot."""
         entry = self.weights(name)
         job = {
             "name": name, "weights": entry.alone(), "cache": str(self.runs / "weights"),
             "device": getattr(entry, "device", None),
         }  # fmt: skip
-        return Child(module, json.dumps(job | more))
+        child = Child(module, json.dumps(job | more))
+        child.hear()
+        return child
 
     def identity(self, name: str) -> str:
         entry = self.entry(name)
@@ -112,12 +114,10 @@ class Models:
         self.weights(name)
 
         def start() -> Child:
-            child = self.child("factory.encoder", name)
             try:
-                child.hear()
+                return self.child("factory.encoder", name)
             except ChildEnded as e:
                 raise EngineError(f"the encoder {name}: {e}") from None
-            return child
 
         return start
 

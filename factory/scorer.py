@@ -4,18 +4,15 @@ Rows of similar length share a forward pass, padded on the right. What a row get
 rounding to six digits, which hides in what order a matrix product was summed up.
 """
 
-import json
 import math
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from factory.child import die_with_parent, loading, own_output
-from factory.errors import EngineError, FactoryError
+from factory.child import answer_lines, loading
+from factory.errors import EngineError
 from factory.weights import Weights, materialise, number_format
 
 with loading():
@@ -154,22 +151,13 @@ class Scorer:
         return float(f"{value:.6g}") if math.isfinite(value) else "not_a_number"
 
 
-def main() -> None:
-    die_with_parent()
-    job = json.loads(sys.argv[1])
-    rows = os.fdopen(os.dup(0), "rb")
-    out = own_output()
+def _opened(job: Any) -> Callable[[Any], Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     weights = Weights.model_validate(job["weights"])
-    try:
-        folder = materialise(weights, Path(job["cache"]))
-        scorer = Scorer(folder, job["name"], job["by"], job["device"], weights.dtype)
-        for line in rows:
-            out.write(json.dumps(scorer.scores(json.loads(line)), allow_nan=False) + "\n")
-    except FactoryError as e:
-        sys.exit(str(e))
+    folder = materialise(weights, Path(job["cache"]))
+    return Scorer(folder, job["name"], job["by"], job["device"], weights.dtype).scores
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(_opened)
